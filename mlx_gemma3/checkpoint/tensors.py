@@ -1,0 +1,239 @@
+"""Safetensors folders: which files hold the weights, what is in them, and every published naming style.
+
+Owns the check of each file's header before MLX maps it, the rule that turns a published name into the model's, and
+which tensors are left unread. Knows nothing of the model's modules (load.py) nor of GGUF (gguf.py).
+
+Canonical names are the model's attribute paths: `language_model.layers.0.…`, `vision_tower.…`,
+`multi_modal_projector.…`, and `lm_head.…` for an untied head.
+
+Sources: the safetensors format (8-byte length, JSON, data); transformers 5.23, conversion_mapping.py ("llava" rules)
+for the Hub's styles; folders written by mlx-lm 0.32 and mlx-vlm 0.7 for theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import Config
+from ..errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+# Floats are weights, U32 packed weights, U8 the scales of mxfp4, mxfp8 and nvfp4.
+_READABLE = frozenset(("F32", "F16", "BF16", "U32", "U8"))
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+# Constants that some tools save beside the weights; the model computes them itself.
+_BUFFERS = (".position_ids", ".inv_freq")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One entry of a safetensors header. `start` and `stop` count bytes from the start of the file."""
+
+    name: str
+    dtype: str  # as the format spells it: F32, BF16, U32, …
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """What a safetensors file holds, by name; none of its data is read.
+
+    Raises:
+        CheckpointError: not a safetensors file, empty, damaged, or shorter than its header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(length) if 0 < length <= min(size - 8, _LONGEST_HEADER) else b""
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}", got="no such file", want="a safetensors file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}", got=error.strerror or error, want="a readable safetensors file") from None
+    if not raw.startswith(b"{"):
+        raise _not_safetensors(path, size)
+    try:
+        entries = json.loads(raw)
+        found = [_tensor_info(name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise CheckpointError(
+            f"{path}", got="a damaged header", want="a safetensors file", do="fetch it again"
+        ) from None
+    end = max((info.stop for info in found), default=8 + length)
+    if end > size:
+        raise CheckpointError(f"{path}", got=f"{size} bytes", want=f"{end}", do="it is cut off: fetch it again")
+    for info in found:
+        item = _ITEM_BYTES.get(info.dtype)
+        if item is not None and info.stop - info.start != item * math.prod(info.shape):
+            raise CheckpointError(
+                f"{path}: {info.name}",
+                got=f"{info.stop - info.start} bytes",
+                want=f"{item * math.prod(info.shape)} for {info.dtype} {info.shape}",
+                do="fetch it again",
+            )
+    return {info.name: info for info in found}
+
+
+def _tensor_info(name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
+    start, stop = entry["data_offsets"]
+    shape = tuple(int(length) for length in entry["shape"])
+    if not 0 <= start <= stop:
+        raise ValueError(name)
+    return TensorInfo(name, str(entry["dtype"]), shape, base + start, base + stop)
+
+
+def _not_safetensors(path: Path, size: int) -> CheckpointError:
+    if size == 0:
+        return CheckpointError(f"{path}", got="an empty file", want="a safetensors file", do="fetch it again")
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return CheckpointError(f"{path}", got="a Git LFS pointer", want="the file itself", do="run git lfs pull")
+    return CheckpointError(
+        f"{path}", got="something else or a file that is cut off", want="a safetensors file", do="fetch it again"
+    )
+
+
+def canonical_name(name: str) -> str:
+    """The model's name for a published one; a name of no known style comes back as it is.
+
+    model.layers.0.… · language_model.model.layers.0.… · model.language_model.layers.0.…
+        → language_model.layers.0.…
+    vision_tower.vision_model.encoder.… · model.vision_tower.[vision_model.]encoder.…
+        → vision_tower.encoder.…
+    lm_head.… · language_model.lm_head.…
+        → lm_head.…
+    """
+    name = name.removeprefix("model.")
+    if name.startswith("language_model."):
+        rest = name.removeprefix("language_model.").removeprefix("model.")
+        return rest if rest.startswith("lm_head.") else f"language_model.{rest}"
+    if name.startswith("vision_tower."):
+        return "vision_tower." + name.removeprefix("vision_tower.").removeprefix("vision_model.")
+    if name.startswith(("layers.", "embed_tokens.", "norm.")):
+        return f"language_model.{name}"
+    return name
+
+
+def is_vision(name: str) -> bool:
+    """Whether a canonical name belongs to the tower or the projector."""
+    return name.startswith(("vision_tower.", "multi_modal_projector."))
+
+
+def is_used(name: str, config: Config, *, text_only: bool) -> bool:
+    """Whether the model of this config takes the tensor at all; the others stay unread.
+
+    A tied head is dropped, whatever the file holds: the reference ties it to the embedding and ignores the copy that
+    fine-tunes and mlx-vlm write.
+    """
+    if name.endswith(_BUFFERS) or (name.startswith("lm_head.") and config.tie_word_embeddings):
+        return False
+    return not (text_only and is_vision(name))
+
+
+def shards(folder: Path) -> dict[Path, frozenset[str]]:
+    """The weight files of a folder, each with the names that the index promises in it (none without an index).
+
+    Raises:
+        CheckpointError: no weights, a broken index, or a gap in files named model-00001-of-00003.safetensors.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        return _read_index(index)
+    if (single := folder / "model.safetensors").is_file():
+        return {single: frozenset()}
+    found = sorted(folder.glob("model*.safetensors"))
+    if not found:
+        raise CheckpointError(f"{folder}", got="no weights", want=f"model.safetensors or {INDEX}")
+    names = {path.name for path in found}
+    for name in sorted(names):
+        if numbered := re.fullmatch(r"(model-)(\d+)(-of-)(\d+)(\.safetensors)", name):
+            before, digits, of, last, after = numbered.groups()
+            for number in range(1, int(last) + 1):
+                if (wanted := f"{before}{number:0{len(digits)}}{of}{last}{after}") not in names:
+                    raise _missing_shard(folder / wanted)
+    return {path: frozenset() for path in found}
+
+
+def _read_index(index: Path) -> dict[Path, frozenset[str]]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise ValueError(file)
+            files.setdefault(file, set()).add(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{index}", got="a broken index", want="weight_map: a file in this folder for each tensor"
+        ) from None
+    return {index.parent / file: frozenset(names) for file, names in files.items()}
+
+
+def _missing_shard(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}", got="no such file", want="every shard of the checkpoint", do="fetch it again")
+
+
+def read_folder(folder: Path, config: Config, *, text_only: bool = False) -> dict[str, mx.array]:
+    """The folder's tensors by canonical name: lazy arrays, read from disk when they are evaluated.
+
+    Only what the model uses is in the result, so nothing else is ever read. A shard whose promised tensors are all
+    unused (the vision tower of a text-only load) is not opened and may be absent.
+
+    Raises:
+        CheckpointError: a shard is missing, cut off or damaged, lacks what the index promises, a dtype cannot be
+            read, or two names mean the same tensor.
+    """
+    tensors: dict[str, mx.array] = {}
+    origins: dict[str, str] = {}
+    for path, promised in shards(folder).items():
+        if promised and not _used_names(promised, config, text_only):
+            continue
+        if not path.exists():
+            raise _missing_shard(path)
+        header = read_header(path)
+        if absent := promised - set(header):
+            raise CheckpointError(
+                f"{path}", got=f"no {listed(absent)}", want=f"what {INDEX} promises", do="fetch both again"
+            )
+        used = _used_names(header, config, text_only)
+        for name, canonical in used.items():
+            if header[name].dtype not in _READABLE:
+                raise CheckpointError(
+                    f"{path}: {name}", got=f"dtype {header[name].dtype}", want="F32, F16, BF16 or MLX-packed U32"
+                )
+            if canonical in origins:
+                raise CheckpointError(
+                    f"{path}: {name}", got=f"the same tensor as {origins[canonical]}", want="each tensor once"
+                )
+            origins[canonical] = name
+        if used:
+            arrays = mx.load(str(path), format="safetensors")
+            assert isinstance(arrays, dict), type(arrays)
+            tensors.update({canonical: arrays[name] for name, canonical in used.items()})
+    return tensors
+
+
+def _used_names(names: Iterable[str], config: Config, text_only: bool) -> dict[str, str]:
+    pairs = ((name, canonical_name(name)) for name in names)
+    return {name: canonical for name, canonical in pairs if is_used(canonical, config, text_only=text_only)}
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first few of some names and how many more there are, for an error message."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more

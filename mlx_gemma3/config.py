@@ -1,0 +1,409 @@
+"""What a checkpoint's config.json says about the model: frozen, complete, read strictly.
+
+Owns the defaults of sparse configs, the two spellings of RoPE and of the layer pattern, and the refusal of
+settings that this implementation does not compute. Knows nothing of arrays.
+
+Source of the defaults and rules: Hugging Face transformers 5.23, configuration_gemma3.py and
+configuration_siglip.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+
+# A key that we do not know is refused when its name holds one of these words and its value is set:
+# ignoring it would change the answer. Any other unknown key (bookkeeping of a training tool) is let pass.
+_SEMANTIC_WORDS = (
+    "act attention attn bias conv embed expert head hidden intermediate layer moe norm pool rope rotary "
+    "scal softcap theta token_index token_id vocab window"
+).split()
+
+# Known keys that do not change what the model computes.
+_INERT = frozenset(
+    "architectures attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id "
+    "cache_implementation chunk_size_feed_forward decoder_start_token_id dtype dropout eos_token_id "
+    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id hidden_dropout id2label "
+    "initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length "
+    "model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences "
+    "output_attentions output_hidden_states pad_token_id prefix problem_type projection_dim "
+    "quantization quantization_config remove_invalid_values repetition_penalty return_dict "
+    "sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder "
+    "tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache "
+    "pruned_heads cross_attention_hidden_size add_cross_attention finetuning_task diversity_penalty "
+    "encoder_no_repeat_ngram_size early_stopping output_scores return_dict_in_generate do_sample".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The decoder. Sizes are counts of elements; angles and positions as in the reference."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K, divides H
+    head_dim: int  # not hidden_size / H
+    query_pre_attn_scalar: float  # scores are multiplied by this ** -0.5
+    sliding_window: int  # W: a local query sees itself and the W - 1 keys before it
+    layer_types: tuple[str, ...]  # GLOBAL or LOCAL, one a layer
+    rope_theta: float  # global layers
+    rope_scale: float  # global layers: positions are divided by this (linear scaling)
+    rope_local_theta: float  # local layers, never scaled
+    rms_norm_eps: float
+    max_position_embeddings: int
+
+    def is_global(self, layer: int) -> bool:
+        return self.layer_types[layer] == GLOBAL
+
+    def __post_init__(self) -> None:
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "hidden_size"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("intermediate_size", "num_hidden_layers", "sliding_window", "max_position_embeddings"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("query_pre_attn_scalar", "rope_theta", "rope_scale", "rope_local_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(name, got=value, want="a number > 0 (config.json)")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                "num_key_value_heads",
+                got=self.num_key_value_heads,
+                want=f"a divisor of num_attention_heads {self.num_attention_heads} (config.json)",
+            )
+        if self.head_dim % 2:
+            raise ConfigError("head_dim", got=self.head_dim, want="an even number (config.json)")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ConfigError(
+                "layer_types",
+                got=f"{len(self.layer_types)} entries",
+                want=f"num_hidden_layers = {self.num_hidden_layers} (config.json)",
+            )
+        for kind in self.layer_types:
+            if kind not in (GLOBAL, LOCAL):
+                raise ConfigError("layer_types", got=repr(kind), want=f"{GLOBAL!r} or {LOCAL!r} (config.json)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The SigLIP tower: a square picture of image_size pixels, cut into patches of patch_size."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def grid(self) -> int:
+        """Patches on one side of the picture."""
+        return self.image_size // self.patch_size
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            _at_least(f"vision_config.{name}", getattr(self, name), 1)
+        for name in ("image_size", "patch_size"):
+            _at_least(f"vision_config.{name}", getattr(self, name), 1)
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                "vision_config.image_size",
+                got=self.image_size,
+                want=f"a multiple of patch_size {self.patch_size} (config.json)",
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                "vision_config.hidden_size",
+                got=self.hidden_size,
+                want=f"a multiple of num_attention_heads {self.num_attention_heads} (config.json)",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole checkpoint: the decoder, the vision tower if there is one, and what joins them.
+
+    Build it with `from_file` or `from_dict`; every field is then set, whatever the file left out.
+    """
+
+    text: TextConfig
+    vision: VisionConfig | None = None
+    mm_tokens_per_image: int = 256  # T: rows that one picture takes in the prompt
+    boi_token_id: int = 255999  # <start_of_image>
+    eoi_token_id: int = 256000  # <end_of_image>
+    image_token_id: int = 262144  # <image_soft_token>
+    bos_token_id: int = 2
+    pad_token_id: int = 0
+    eos_token_ids: tuple[int, ...] = (1, 106)
+    tie_word_embeddings: bool = True
+    # as MLX writes it: group_size, bits, mode, and entries by module name; None when nothing is packed
+    quantization: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.vision is None:
+            return
+        side = math.isqrt(self.mm_tokens_per_image)
+        if side < 1 or side * side != self.mm_tokens_per_image or self.vision.grid % side:
+            raise ConfigError(
+                "mm_tokens_per_image",
+                got=self.mm_tokens_per_image,
+                want=f"a square whose root divides the {self.vision.grid} patches of a side (config.json)",
+            )
+        if not 0 <= self.image_token_id < self.text.vocab_size:
+            raise ConfigError(
+                "image_token_index",
+                got=self.image_token_id,
+                want=f"an id below vocab_size {self.text.vocab_size} (config.json)",
+            )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Config:
+        """Read a config.json as the Hub, transformers 4 or 5, mlx-lm or mlx-vlm write it.
+
+        Raises:
+            ConfigError: missing or broken file, another model, or a setting that this package does not compute.
+        """
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}", got="no such file", want="a config.json") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}", got=error, want="a readable JSON file") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}", got=type(values).__name__, want="a JSON object")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """As `from_file`, from the parsed JSON object."""
+        model_type = values.get("model_type")
+        nested = "text_config" in values
+        if model_type not in ("gemma3", "gemma3_text") or (model_type == "gemma3_text" and nested):
+            raise ConfigError(
+                "model_type",
+                got=repr(model_type),
+                want="'gemma3' or 'gemma3_text' (config.json)",
+                do="this program runs Gemma 3 only",
+            )
+        if model_type == "gemma3" and not nested:
+            raise ConfigError("text_config", got="nothing", want="an object (config.json)")
+
+        text_values = _object(values, "text_config") if nested else values
+        vision_values = _object(values, "vision_config") if values.get("vision_config") is not None else None
+        if nested:
+            _refuse_unknown(values, _TOP_KEYS, "")
+            _refuse_unknown(text_values, _TEXT_KEYS | _TOP_KEYS, "text_config.")
+        else:
+            _refuse_unknown(values, _TEXT_KEYS | _TOP_KEYS, "")
+
+        quantization = values.get("quantization") or values.get("quantization_config")
+        if quantization is not None and ("bits" not in quantization or "quant_method" in quantization):
+            raise ConfigError(
+                "quantization_config",
+                got=quantization.get("quant_method", "no bits"),
+                want="MLX's own (group_size and bits), or none",
+                do="convert the unquantised checkpoint instead",
+            )
+        tied = values.get("tie_word_embeddings", text_values.get("tie_word_embeddings", True))
+        return cls(
+            text=_read_text(text_values),
+            vision=_read_vision(vision_values) if vision_values is not None else None,
+            mm_tokens_per_image=_number(values, "mm_tokens_per_image", 256),
+            boi_token_id=_either(values, "boi_token_index", "boi_token_id", 255999),
+            eoi_token_id=_either(values, "eoi_token_index", "eoi_token_id", 256000),
+            image_token_id=_either(values, "image_token_index", "image_token_id", 262144),
+            bos_token_id=_either(values, "bos_token_id", "bos_token_id", text_values.get("bos_token_id", 2)),
+            pad_token_id=_either(values, "pad_token_id", "pad_token_id", text_values.get("pad_token_id", 0)),
+            eos_token_ids=_eos_ids(values.get("eos_token_id", text_values.get("eos_token_id"))),
+            tie_word_embeddings=bool(tied),
+            quantization=quantization,
+        )
+
+
+_TEXT_KEYS = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "query_pre_attn_scalar sliding_window sliding_window_pattern _sliding_window_pattern layer_types rope_theta "
+    "rope_local_base_freq rope_scaling rope_parameters rms_norm_eps max_position_embeddings hidden_activation "
+    "attention_bias attn_logit_softcapping final_logit_softcapping use_bidirectional_attention "
+    "tie_word_embeddings".split()
+)
+_VISION_KEYS = frozenset(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size layer_norm_eps "
+    "hidden_act num_channels vision_use_head".split()
+)
+_TOP_KEYS = frozenset(
+    "text_config vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index "
+    "boi_token_id eoi_token_id image_token_id tie_word_embeddings".split()
+)
+
+
+def _read_text(values: Mapping[str, Any]) -> TextConfig:
+    if (kind := values.get("model_type", "gemma3_text")) != "gemma3_text":
+        raise ConfigError("text_config.model_type", got=repr(kind), want="'gemma3_text' (config.json)")
+    # What the reference would compute differently, and we would not: refused, not ignored.
+    _only(values, "hidden_activation", "gelu_pytorch_tanh")
+    _only(values, "attention_bias", False)
+    _only(values, "attn_logit_softcapping", None)
+    _only(values, "final_logit_softcapping", None)
+    _only(values, "use_bidirectional_attention", False)
+    layers = _number(values, "num_hidden_layers")
+    theta, scale, local_theta = _read_rope(values)
+    return TextConfig(
+        vocab_size=_number(values, "vocab_size", 262208),
+        hidden_size=_number(values, "hidden_size"),
+        intermediate_size=_number(values, "intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=_number(values, "num_attention_heads", 8),
+        num_key_value_heads=_number(values, "num_key_value_heads", 4),
+        head_dim=_number(values, "head_dim", 256),
+        query_pre_attn_scalar=_real(values, "query_pre_attn_scalar", 256),
+        sliding_window=_number(values, "sliding_window"),
+        layer_types=_read_layer_types(values, layers),
+        rope_theta=theta,
+        rope_scale=scale,
+        rope_local_theta=local_theta,
+        rms_norm_eps=_real(values, "rms_norm_eps", 1e-6),
+        max_position_embeddings=_number(values, "max_position_embeddings", 131072),
+    )
+
+
+def _read_layer_types(values: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    """`layer_types` as given, else every `sliding_window_pattern`-th layer is global (6 when absent)."""
+    if (types := values.get("layer_types")) is not None:
+        if not isinstance(types, list | tuple):
+            raise ConfigError("layer_types", got=repr(types), want="a list (config.json)")
+        return tuple(str(kind) for kind in types)
+    name = "sliding_window_pattern" if "sliding_window_pattern" in values else "_sliding_window_pattern"
+    pattern = _number(values, name, 6)
+    _at_least("sliding_window_pattern", pattern, 1)
+    return tuple(LOCAL if (layer + 1) % pattern else GLOBAL for layer in range(layers))
+
+
+def _read_rope(values: Mapping[str, Any]) -> tuple[float, float, float]:
+    """(global theta, global scale, local theta) from either spelling.
+
+    Old: rope_theta, rope_local_base_freq, rope_scaling {rope_type, factor}, the scaling for global layers only.
+    New: rope_parameters {full_attention {rope_theta, rope_type, factor}, sliding_attention {…}}.
+    """
+    parameters = values.get("rope_parameters")
+    if parameters is None:
+        theta = _real(values, "rope_theta", 1_000_000.0)
+        local_theta = _real(values, "rope_local_base_freq", 10_000.0)
+        return theta, _rope_scale(values.get("rope_scaling"), "rope_scaling"), local_theta
+    if not isinstance(parameters, Mapping) or set(parameters) - {GLOBAL, LOCAL}:
+        raise ConfigError(
+            "rope_parameters", got=repr(parameters), want=f"an object with {GLOBAL} and {LOCAL} (config.json)"
+        )
+    far, near = (parameters.get(kind) or {} for kind in (GLOBAL, LOCAL))
+    if (scale := _rope_scale(near, f"rope_parameters.{LOCAL}")) != 1.0:
+        raise ConfigError(f"rope_parameters.{LOCAL}.factor", got=scale, want="no scaling (config.json)")
+    theta, local_theta = _real(far, "rope_theta", 1_000_000.0), _real(near, "rope_theta", 10_000.0)
+    return theta, _rope_scale(far, f"rope_parameters.{GLOBAL}"), local_theta
+
+
+def _rope_scale(values: Any, name: str) -> float:
+    if values is None:
+        return 1.0
+    if not isinstance(values, Mapping):
+        raise ConfigError(name, got=repr(values), want="an object or null (config.json)")
+    kind = values.get("rope_type", values.get("type", "default"))
+    if unknown := set(values) - {"rope_type", "type", "factor", "rope_theta"}:
+        raise ConfigError(f"{name}.{min(unknown)}", got="an unknown setting", want="rope_type and factor (config.json)")
+    if kind == "default":
+        return 1.0
+    if kind != "linear":
+        raise ConfigError(f"{name}.rope_type", got=repr(kind), want="'linear' or 'default' (config.json)")
+    return _real(values, "factor")
+
+
+def _read_vision(values: Mapping[str, Any]) -> VisionConfig:
+    if (kind := values.get("model_type", "siglip_vision_model")) != "siglip_vision_model":
+        raise ConfigError("vision_config.model_type", got=repr(kind), want="'siglip_vision_model' (config.json)")
+    _refuse_unknown(values, _VISION_KEYS, "vision_config.")
+    _only(values, "hidden_act", "gelu_pytorch_tanh")
+    _only(values, "num_channels", 3)
+    _only(values, "vision_use_head", False)
+    return VisionConfig(
+        hidden_size=_number(values, "hidden_size"),
+        intermediate_size=_number(values, "intermediate_size"),
+        num_hidden_layers=_number(values, "num_hidden_layers"),
+        num_attention_heads=_number(values, "num_attention_heads"),
+        image_size=_number(values, "image_size"),
+        patch_size=_number(values, "patch_size"),
+        layer_norm_eps=_real(values, "layer_norm_eps", 1e-6),
+    )
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: frozenset[str], prefix: str) -> None:
+    for name, value in values.items():
+        if name in known or name in _INERT or name.startswith("_") or value is None or value is False:
+            continue
+        if any(word in name for word in _SEMANTIC_WORDS):
+            raise ConfigError(
+                f"{prefix}{name}",
+                got=repr(value),
+                want="no such setting (config.json)",
+                do="ignoring it could change the answer",
+            )
+
+
+def _only(values: Mapping[str, Any], name: str, want: object) -> None:
+    got = values.get(name, want)
+    if got != want or (isinstance(want, bool) and not isinstance(got, bool)):
+        raise ConfigError(name, got=json.dumps(got), want=f"{json.dumps(want)} (config.json)")
+
+
+def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = values[name]
+    if not isinstance(value, Mapping):
+        raise ConfigError(name, got=repr(value), want="an object (config.json)")
+    return value
+
+
+def _number(values: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = values.get(name)
+    value = default if value is None else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(name, got="nothing" if value is None else repr(value), want="a whole number (config.json)")
+    return value
+
+
+def _real(values: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = values.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(name, got="nothing" if value is None else repr(value), want="a number (config.json)")
+    return float(value)
+
+
+def _either(values: Mapping[str, Any], old: str, new: str, default: int) -> int:
+    return _number(values, old if values.get(old) is not None else new, default)
+
+
+def _eos_ids(value: Any) -> tuple[int, ...]:
+    """Ids that end an answer. Gemma 3 ends a text with <eos> 1 and a turn with <end_of_turn> 106."""
+    if value is None:
+        return (1, 106)
+    ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not ids or any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        raise ConfigError("eos_token_id", got=repr(value), want="an id or a list of ids (config.json)")
+    return ids
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(name, got=value, want=f">= {least} (config.json)")

@@ -1,0 +1,95 @@
+"""The error tree. Every error of this package derives from Gemma3Error and carries a stable `code`.
+
+    Gemma3Error                "error"
+    ├── SourceError            "source"        the name leads to no usable files
+    │   ├── SourceNotFound     "not_found"     no such alias, path or repository
+    │   ├── GatedSource        "gated"         the licence must be accepted, or a login is missing
+    │   └── OfflineSource      "offline"       no network, and not in the cache
+    ├── ConfigError            "config"        config.json is missing, wrong, or not Gemma 3
+    ├── CheckpointError        "checkpoint"    tensors missing, extra, truncated, or of a wrong shape
+    ├── TokenizerError         "tokenizer"     no usable vocabulary
+    ├── PromptError            "prompt"        the words and pictures do not make a prompt
+    │   ├── TemplateError      "template"      the messages do not fit the chat template
+    │   └── ContextError       "context"       more tokens than the model has positions
+    ├── ImageError             "image"         a picture that cannot be read
+    ├── OptionError            "option"        a setting out of its range
+    └── ClosedError            "closed"        the engine or stream was closed
+
+A message is one line: what is wrong, what was found, what was wanted, what to do about it.
+Codes are part of the public interface: programs branch on them, so they never change.
+"""
+
+from __future__ import annotations
+
+
+class Gemma3Error(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        what: the thing that is wrong, named as the user knows it ("sliding_window").
+        got: the value that was found.
+        want: the values that would have been right.
+        do: what the user can do about it, as a short clause.
+
+    The text is `what: got …, want …; do`, always on one line.
+    """
+
+    code = "error"
+
+    def __init__(self, what: str, *, got: object = None, want: object = None, do: str = "") -> None:
+        self.what, self.got, self.want, self.do = what, got, want, do
+        found = [f"{word} {value}" for word, value in (("got", got), ("want", want)) if value is not None]
+        message = what + (": " if found else "") + ", ".join(found) + (f"; {do}" if do else "")
+        super().__init__(" ".join(message.split()))
+
+
+class SourceError(Gemma3Error):
+    code = "source"
+
+
+class SourceNotFound(SourceError):
+    code = "not_found"
+
+
+class GatedSource(SourceError):
+    code = "gated"
+
+
+class OfflineSource(SourceError):
+    code = "offline"
+
+
+class ConfigError(Gemma3Error):
+    code = "config"
+
+
+class CheckpointError(Gemma3Error):
+    code = "checkpoint"
+
+
+class TokenizerError(Gemma3Error):
+    code = "tokenizer"
+
+
+class PromptError(Gemma3Error):
+    code = "prompt"
+
+
+class TemplateError(PromptError):
+    code = "template"
+
+
+class ContextError(PromptError):
+    code = "context"
+
+
+class ImageError(Gemma3Error):
+    code = "image"
+
+
+class OptionError(Gemma3Error):
+    code = "option"
+
+
+class ClosedError(Gemma3Error):
+    code = "closed"

@@ -1,0 +1,167 @@
+"""Read the prompt in chunks, then write one token after another.
+
+While the host looks at a token the device already works on the next: each step is issued before the one before is read.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import ContextError, OptionError
+from ..model.cache import Caches
+from ..model.gemma3 import Gemma3
+from .sampling import Sampling, penalise, sample
+
+Progress = Callable[[int, int], None]  # tokens read, tokens in all
+
+
+def default_chunk(model: Gemma3) -> int:
+    """Tokens read at once. Metal has no fused prefill attention for heads of 256, so the scores are real memory."""
+    return 512 if model.config.text.head_dim > 128 else 2048
+
+
+def prefill_chunks(length: int, spans: Sequence[tuple[int, int]], chunk: int) -> list[tuple[int, int]]:
+    """Cut `length` tokens into pieces of at most `chunk`, never inside an image block.
+
+    A border that would fall into a block moves to the block's start; a block that is longer than what is left of the
+    chunk, right at its start, is read whole.
+
+    Args:
+        length: tokens in all.
+        spans: half-open ranges of image tokens, in order; blocks that touch are one block (one attention mask).
+        chunk: at least 1.
+
+    Returns:
+        Half-open ranges that cover 0 to length.
+    """
+    if chunk < 1:
+        raise OptionError("prefill chunk", got=chunk, want=">= 1")
+    blocks: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if blocks and blocks[-1][1] == start:
+            blocks[-1] = (blocks[-1][0], stop)
+        else:
+            blocks.append((start, stop))
+    pieces, begin = [], 0
+    while begin < length:
+        end = min(begin + chunk, length)
+        for start, stop in blocks:
+            if start < end < stop:
+                end = start if start > begin else stop
+        pieces.append((begin, end))
+        begin = end
+    return pieces
+
+
+def prefill(
+    model: Gemma3,
+    tokens: Sequence[int],
+    caches: Caches,
+    *,
+    pixels: np.ndarray | None = None,
+    spans: Sequence[tuple[int, int]] = (),
+    chunk: int | None = None,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> mx.array | None:
+    """Read a prompt into the caches.
+
+    Args:
+        tokens: the ids that follow what the caches hold.
+        pixels: (N, S, S, 3) float32, the pictures of `spans`, in order.
+        spans: half-open ranges of the image tokens of each picture within `tokens`.
+        chunk: tokens at once; None for `default_chunk`.
+        progress: called with (read, total) before the first chunk and after each.
+        cancelled: asked between chunks.
+
+    Returns:
+        (1, V) float32 logits after the last token; None when cancelled.
+
+    Raises:
+        ContextError: more tokens than the model has positions.
+    """
+    limit = model.config.text.max_position_embeddings
+    if not tokens:
+        raise ContextError("prompt", got="no tokens", want="at least one")
+    if caches.offset + len(tokens) > limit:
+        raise ContextError(
+            "prompt", got=f"{caches.offset + len(tokens)} tokens", want=f"at most {limit}", do="shorten the prompt"
+        )
+    ids = np.array([tokens], dtype=np.int32)
+    logits = None
+    if progress is not None:
+        progress(0, len(tokens))
+    for begin, end in prefill_chunks(len(tokens), spans, chunk or default_chunk(model)):
+        if cancelled():
+            return None
+        inside = [n for n, (start, stop) in enumerate(spans) if begin <= start and stop <= end]
+        pictures = pixels[inside] if pixels is not None and inside else None
+        if end < len(tokens):
+            model.read(ids[:, begin:end], pictures, caches)
+            mx.eval(caches.arrays)
+        else:
+            logits = model(ids[:, begin:end], pictures, caches, last_only=True)[:, -1]
+            mx.eval(logits, caches.arrays)
+        if progress is not None:
+            progress(end, len(tokens))
+    return logits
+
+
+def decode(
+    model: Gemma3,
+    logits: mx.array,
+    caches: Caches,
+    *,
+    prompt: Sequence[int] = (),
+    sampling: Sampling,
+    max_tokens: int,
+) -> Iterator[int]:
+    """Write at most `max_tokens` tokens, and never more than the model has positions.
+
+    Args:
+        logits: (1, V) float32 after the prompt, from `prefill`.
+        prompt: the ids before the answer, for the repetition penalty.
+
+    Yields:
+        One id at a time. The caller stops at an end id by closing the iterator; a step that was already issued is lost.
+    """
+    room = model.config.text.max_position_embeddings - caches.offset
+    count = min(max_tokens, room)
+    penalty = sampling.repetition_penalty
+    seen = mx.zeros(logits.shape, dtype=mx.bool_)
+    if penalty != 1 and prompt:
+        seen[:, mx.array(sorted(set(prompt)))] = True
+    key = None
+    if sampling.temperature > 0:
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(64)
+        key = mx.random.key(seed)
+
+    def choose(logits: mx.array) -> mx.array:
+        nonlocal key, seen
+        now = None
+        if key is not None:
+            key, now = mx.random.split(key)
+        if penalty == 1:
+            return sample(logits, sampling, now)
+        token = sample(penalise(logits, seen, penalty), sampling, now)
+        seen = mx.put_along_axis(seen, token[:, None], mx.array(True), axis=-1)
+        return token
+
+    if count < 1:
+        return
+    token = choose(logits)
+    mx.async_eval(token)
+    for written in range(1, count + 1):
+        following = None
+        if written < count:
+            following = choose(model.step(token, caches))
+            mx.async_eval(following)
+        mx.eval(token)
+        yield int(np.asarray(token)[0])
+        if following is None:
+            return
+        token = following

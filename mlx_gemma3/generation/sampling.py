@@ -1,0 +1,115 @@
+"""Logits to a token: greedy, or drawn at a temperature from what top-k, top-p and min-p leave.
+
+The order of the filters and their borders are those of transformers 5.23 (generation/logits_process.py):
+repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import OptionError
+
+_BLOCK = 512  # entries of the vocabulary whose maxima are compared first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. The defaults are those of Gemma 3's generation_config.json.
+
+    Raises:
+        OptionError: a value outside its range.
+    """
+
+    temperature: float = 1.0  # 0: always the most likely token; the rest but the penalty then has no effect
+    top_k: int = 64  # the k most likely tokens; 0: all
+    top_p: float = 0.95  # the fewest tokens that hold this much probability; 1: all
+    min_p: float = 0.0  # tokens at least this fraction as likely as the best; 0: all
+    repetition_penalty: float = 1.0  # > 1 makes tokens of the prompt and the answer less likely; 1: off
+    seed: int | None = None  # None: another answer each time
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.temperature < math.inf, "temperature", self.temperature, ">= 0 (0 is greedy)")
+        _check(self.top_k >= 0, "top_k", self.top_k, ">= 0 (0 is off)")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1 (1 is off)")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1 (0 is off)")
+        _check(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "> 0 (1 is off)")
+        _check(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "a whole number from 0 to 2**64 - 1")
+
+
+def sample(logits: mx.array, sampling: Sampling, key: mx.array | None) -> mx.array:
+    """Choose one token a row.
+
+    Args:
+        logits: (B, V) float32.
+        key: from mx.random.key, a new one for each call; unused when the temperature is 0.
+
+    Returns:
+        (B,) int32, lazy.
+    """
+    if sampling.temperature == 0:
+        return mx.argmax(logits, axis=-1).astype(mx.int32)
+    logits = logits / sampling.temperature
+    ids = None  # (B, C) vocabulary ids of the columns, most likely first; None: every id in its place
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits, ids = top_candidates(logits, sampling.top_k)
+    elif sampling.top_p < 1:
+        ids = mx.argsort(-logits, axis=-1)
+        logits = mx.take_along_axis(logits, ids, axis=-1)
+    if sampling.top_p < 1:
+        probabilities = mx.softmax(logits, axis=-1, precise=True)
+        before = mx.cumsum(probabilities, axis=-1) - probabilities  # held by the more likely tokens; 0 for the first
+        logits = mx.where(before < sampling.top_p, logits, -mx.inf)
+    if sampling.min_p > 0:
+        best = logits.max(axis=-1, keepdims=True)
+        logits = mx.where(logits >= best + math.log(sampling.min_p), logits, -mx.inf)
+    column = mx.random.categorical(logits, axis=-1, key=key)
+    chosen = column if ids is None else mx.take_along_axis(ids, column[:, None], axis=-1)[:, 0]
+    return chosen.astype(mx.int32)
+
+
+def top_candidates(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """The `count` largest entries of each row, largest first, and where they stood.
+
+    In two stages, since sorting 262,144 entries costs more than a small model's whole step: each of the largest entries
+    lies in one of the `count` blocks with the largest maxima, so only those are sorted.
+
+    Args:
+        logits: (B, V).
+        count: at most V.
+
+    Returns:
+        values (B, count), ids (B, count).
+    """
+    batch, size = logits.shape
+    blocks = -(-size // _BLOCK)
+    if count >= blocks:
+        ids = mx.argsort(-logits, axis=-1)[:, :count]
+        return mx.take_along_axis(logits, ids, axis=-1), ids
+    padded = mx.pad(logits, [(0, 0), (0, blocks * _BLOCK - size)], constant_values=mx.array(-math.inf))
+    padded = padded.reshape(batch, blocks, _BLOCK)
+    best = mx.argpartition(-padded.max(axis=-1), kth=count - 1, axis=-1)[:, :count]  # (B, count) block numbers
+    values = mx.take_along_axis(padded, best[:, :, None], axis=1).flatten(1)  # (B, count * block)
+    order = mx.argpartition(-values, kth=count - 1, axis=-1)[:, :count]
+    values = mx.take_along_axis(values, order, axis=-1)
+    ids = mx.take_along_axis(best, order // _BLOCK, axis=-1) * _BLOCK + order % _BLOCK
+    rank = mx.argsort(-values, axis=-1)
+    return mx.take_along_axis(values, rank, axis=-1), mx.take_along_axis(ids, rank, axis=-1)
+
+
+def penalise(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
+    """Make tokens that were seen less likely: positive logits are divided, negative ones multiplied.
+
+    Args:
+        logits: (B, V) float32.
+        seen: (B, V) bool, true for every id of the prompt and of the answer so far.
+    """
+    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _check(good: bool, name: str, got: object, want: str) -> None:
+    if not good:
+        raise OptionError(name, got=got, want=want)

@@ -1,0 +1,144 @@
+"""The decoder: rows in, rows out. Attributes are named as the checkpoint's tensors.
+
+Source of each rule: transformers 5.23, modeling_gemma3.py (Gemma3Attention, Gemma3DecoderLayer, Gemma3TextModel).
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import TextConfig
+from .cache import Caches, GlobalCache, WindowCache
+from .layers import RMSNorm, gelu_tanh, rope
+from .masks import attention_mask
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys; global or local by the layer's place."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.scale = config.query_pre_attn_scalar**-0.5
+        far = config.is_global(layer)
+        self.window = None if far else config.sliding_window
+        self.theta = config.rope_theta if far else config.rope_local_theta
+        self.rope_scale = config.rope_scale if far else 1.0
+        size, q_size, kv_size = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(size, q_size, bias=False)
+        self.k_proj = nn.Linear(size, kv_size, bias=False)
+        self.v_proj = nn.Linear(size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
+        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        q = rope(self.q_norm(q), theta=self.theta, scale=self.rope_scale, offset=context.positions)
+        k = rope(self.k_norm(k), theta=self.theta, scale=self.rope_scale, offset=context.positions)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)  # (B, K, S, D)
+        mask = context.mask(k.shape[2], self.window)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)  # (B, H, L, D)
+        batch, _, length, _ = out.shape
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _heads(self, x: mx.array) -> mx.array:
+        """(B, L, heads * D) → (B, heads, L, D)"""
+        batch, length, _ = x.shape
+        return x.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
+
+
+class MLP(nn.Module):
+    """`down(gelu_tanh(gate(x)) * up(x))`"""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each normed before and after, each added to the stream."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), context, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class TextModel(nn.Module):
+    """Embedding, layers, final norm. The head is the embedding again, or gemma3.py's lm_head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed_scale = math.sqrt(config.hidden_size)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """(B, L) ids → (B, L, D) rows, scaled by sqrt(D), in the dtype of the activations.
+
+        The scale is rounded to that dtype first (modeling_gemma3.py:113-116): 50.5 instead of 50.596 for 4B in
+        bfloat16, exact in float32.
+        """
+        dtype = self.norm.weight.dtype
+        return self.embed_tokens(tokens).astype(dtype) * mx.array(self.embed_scale, dtype=dtype)
+
+    def __call__(
+        self,
+        x: mx.array,
+        *,
+        caches: Caches | None = None,
+        blocks: mx.array | None = None,
+        padding: tuple[int, ...] | None = None,
+    ) -> mx.array:
+        """(B, L, D) rows → (B, L, D) normed rows.
+
+        Args:
+            blocks: (B, L) int, 0 for text, n for the tokens of the n-th image block.
+            padding: leading pad tokens of each row.
+        """
+        context = Context(x.shape[1], caches.offset if caches is not None else 0, blocks, padding)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, context, caches[index] if caches is not None else None)
+        return self.norm(x)
+
+
+class Context:
+    """Where this call's tokens stand: what every layer needs to place and to mask them."""
+
+    def __init__(self, length: int, offset: int, blocks: mx.array | None, padding: tuple[int, ...] | None) -> None:
+        self.length, self.offset, self.blocks = length, offset, blocks
+        self.padding = mx.array(padding) if padding is not None else None
+        # The first real token of a padded row stands at position 0.
+        self.positions = offset if self.padding is None else offset - self.padding
+        self._masks: dict[int | None, mx.array | str | None] = {}
+
+    def mask(self, key_count: int, window: int | None) -> mx.array | str | None:
+        """One mask for all global layers and one for all local ones: layers of a kind hold as many keys."""
+        if window not in self._masks:
+            self._masks[window] = attention_mask(
+                self.length, self.offset, key_count, window=window, blocks=self.blocks, padding=self.padding
+            )
+        return self._masks[window]

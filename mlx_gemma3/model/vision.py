@@ -1,0 +1,116 @@
+"""Pictures to rows: the SigLIP tower, then pooling and projection to the decoder's width.
+
+Source of each rule: transformers 5.23, modeling_siglip.py and modeling_gemma3.py (Gemma3MultiModalProjector).
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import Config, VisionConfig
+from .layers import RMSNorm, gelu_tanh
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches, row by row, each with a learned position; no class token."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Embedding(config.grid**2, config.hidden_size)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """(N, S, S, 3) → (N, patches, hidden)"""
+        patches = self.patch_embedding(pixels)  # (N, grid, grid, hidden)
+        return patches.flatten(1, 2) + self.position_embedding.weight
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.scale = (size // self.heads) ** -0.5
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.v_proj = nn.Linear(size, size)
+        self.out_proj = nn.Linear(size, size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        count, length, _ = x.shape
+        q, k, v = (
+            proj(x).reshape(count, length, self.heads, -1).transpose(0, 2, 1, 3)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (N, H, patches, D)
+        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(count, length, -1))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(gelu_tanh(self.fc1(x)))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.self_attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = [VisionLayer(config) for _ in range(config.num_hidden_layers)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class VisionTower(nn.Module):
+    """SigLIP without its pooling head."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = VisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """(N, S, S, 3) in [-1, 1] → (N, patches, hidden), in the dtype of the weights."""
+        pixels = pixels.astype(self.post_layernorm.weight.dtype)
+        return self.post_layernorm(self.encoder(self.embeddings(pixels)))
+
+
+class Projector(nn.Module):
+    """Average pool to sqrt(T) by sqrt(T), RMSNorm, then a plain matrix (in, out): `x @ W`."""
+
+    def __init__(self, config: Config, vision: VisionConfig) -> None:
+        super().__init__()
+        self.mm_input_projection_weight = mx.zeros((vision.hidden_size, config.text.hidden_size))
+        self.mm_soft_emb_norm = RMSNorm(vision.hidden_size, vision.layer_norm_eps)
+        self.grid, self.side = vision.grid, math.isqrt(config.mm_tokens_per_image)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(N, patches, hidden) → (N, T, D)"""
+        count, _, size = x.shape
+        kernel = self.grid // self.side
+        x = x.reshape(count, self.side, kernel, self.side, kernel, size)
+        pooled = x.astype(mx.float32).mean(axis=(2, 4)).astype(x.dtype)  # float32: the mean of 16 rows rounds once
+        return self.mm_soft_emb_norm(pooled.flatten(1, 2)) @ self.mm_input_projection_weight
