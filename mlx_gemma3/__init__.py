@@ -1,0 +1,61 @@
+"""Gemma 3 on MLX: words and pictures in, the reference's answer out.
+
+The public names, loaded when first used: importing the package imports neither MLX nor Pillow.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import Gemma3Error
+
+if TYPE_CHECKING:
+    from .checkpoint.load import load_model
+    from .config import Config
+    from .prompt import images
+    from .prompt.processor import Processor, Prompt
+    from .prompt.template import render_chat
+    from .prompt.tokenizer import Tokenizer
+    from .runtime.engine import Engine, Reply, Stream, load
+
+__all__ = [
+    "Config",
+    "Engine",
+    "Gemma3Error",
+    "Processor",
+    "Prompt",
+    "Reply",
+    "Stream",
+    "Tokenizer",
+    "images",
+    "load",
+    "load_model",
+    "render_chat",
+]
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "Engine": "runtime.engine",
+    "Processor": "prompt.processor",
+    "Prompt": "prompt.processor",
+    "Reply": "runtime.engine",
+    "Stream": "runtime.engine",
+    "Tokenizer": "prompt.tokenizer",
+    "load": "runtime.engine",
+    "load_model": "checkpoint.load",
+    "render_chat": "prompt.template",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "images":
+        return import_module(".prompt.images", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

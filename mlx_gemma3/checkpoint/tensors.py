@@ -26,6 +26,7 @@ from ..config import Config
 from ..errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+PATCH_WEIGHT = "vision_tower.embeddings.patch_embedding.weight"
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -221,10 +222,25 @@ def read_folder(folder: Path, config: Config, *, text_only: bool = False) -> dic
                 )
             origins[canonical] = name
         if used:
-            arrays = mx.load(str(path), format="safetensors")
-            assert isinstance(arrays, dict), type(arrays)
+            arrays = _map_file(path)
             tensors.update({canonical: arrays[name] for name, canonical in used.items()})
+    if (weight := tensors.get(PATCH_WEIGHT)) is not None:
+        tensors[PATCH_WEIGHT] = channels_last(weight)
     return tensors
+
+
+def _map_file(path: Path) -> dict[str, mx.array]:
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}", got=error, want="a safetensors file that MLX reads") from None
+    assert isinstance(arrays, dict), type(arrays)
+    return arrays
+
+
+def channels_last(weight: mx.array) -> mx.array:
+    """The patch convolution as MLX wants it: (hidden, 3, P, P) → (hidden, P, P, 3), which mlx-vlm stores already."""
+    return weight.transpose(0, 2, 3, 1) if weight.ndim == 4 and weight.shape[1] == 3 else weight
 
 
 def _used_names(names: Iterable[str], config: Config, text_only: bool) -> dict[str, str]:

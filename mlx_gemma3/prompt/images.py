@@ -330,7 +330,7 @@ def _grey(image: Image.Image) -> Image.Image:
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
         if low >= 0 and high <= 65535:
             low, high = 0.0, 1.0 if image.mode == "F" and high <= 1 else 255.0 if high <= 255 else 65535.0
-        levels = np.nan_to_num((levels - low) * (255.0 / max(high - low, 1e-30)), nan=0.0)
+        levels = np.nan_to_num((levels - low) * 255.0 / max(high - low, 1e-30), nan=0.0)
         grey = np.rint(levels).clip(0, 255).astype(np.uint8)
     transparent = image.info.get("transparency")
     if transparent is not None:

@@ -50,7 +50,7 @@ TEXT_CASES = {
 }
 IMAGE_CASES = {
     "text_only": ("11", 1),
-    "image_first": ("a 5", 14),
+    "image_first": ("a 5", 15),
     "image_middle": ("5 b 4", 16),
     "image_last": ("7 c", 0),
     "image_straddles_window": ("3 a 6", 0),
@@ -120,11 +120,14 @@ def write(model: PreTrainedModel, kind: str, cases: dict[str, tuple[str, int]], 
     (out / "cases").mkdir(parents=True, exist_ok=True)
     config = tiny.TEXT_CONFIG if kind == "text" else tiny.IMAGE_CONFIG
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    (out / "config_v5").mkdir(exist_ok=True)
-    model.config.save_pretrained(out / "config_v5")
     save(model, kind, out)
-    # as a user loads it: buffers such as the rotary frequencies stay float32, which .bfloat16() would round
-    half = type(model).from_pretrained(out, dtype="bfloat16", attn_implementation="eager").eval()
+    # Read back as a user would: a model built or cast by hand in bfloat16 also has its buffers rounded (embedding
+    # scale, rotary frequencies), a loaded one has not.
+    model, half = (
+        type(model).from_pretrained(out, dtype=dtype, attn_implementation="eager").eval()
+        for dtype in ("float32", "bfloat16")
+    )
+    (model if kind == "text" else half).config.save_pretrained(out / "config_v5")
     levels = make_pictures()
     image_id = SOFT if kind == "image" else None
     if kind == "image":

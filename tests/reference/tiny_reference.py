@@ -102,24 +102,24 @@ IMAGE_CONFIG: dict[str, Any] = {
 
 def build_text(seed: int) -> Gemma3ForCausalLM:
     """The text-only model, float32 weights."""
-    model = Gemma3ForCausalLM(_eager(Gemma3TextConfig(**copy.deepcopy(TEXT_CONFIG)), "float32"))
+    model = Gemma3ForCausalLM(_eager(Gemma3TextConfig(**copy.deepcopy(TEXT_CONFIG))))
     _fill(model, seed, rounded=False)
     return model
 
 
 def build_image(seed: int) -> Gemma3ForConditionalGeneration:
     """The model with a vision tower. Every weight is a bfloat16 number, so a bfloat16 file holds it without loss."""
-    model = Gemma3ForConditionalGeneration(_eager(Gemma3Config(**copy.deepcopy(IMAGE_CONFIG)), "bfloat16"))
+    model = Gemma3ForConditionalGeneration(_eager(Gemma3Config(**copy.deepcopy(IMAGE_CONFIG))))
     _fill(model, seed, rounded=True)
     return model
 
 
-def _eager(config: PretrainedConfig, dtype: str) -> PretrainedConfig:
+def _eager(config: PretrainedConfig) -> PretrainedConfig:
     config._attn_implementation = "eager"
-    config.dtype = dtype  # what the file says; the goldens are computed in float32
+    config.dtype = "float32"  # that of the file is the Hub's business; a model built in bfloat16 rounds its buffers
     for part in ("text_config", "vision_config"):
         if hasattr(config, part):
-            _eager(getattr(config, part), dtype)
+            _eager(getattr(config, part))
     return config
 
 

@@ -1,0 +1,96 @@
+"""Which files of a place make a model: the same choice for a folder here, a repository, and its cached copy.
+
+Knows names and the index of shards; opens no weights, knows nothing of the network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError, ConfigError, SourceError, SourceNotFound
+from .tensors import INDEX, canonical_name, is_vision
+
+CONFIG_FILES = (
+    "config.json generation_config.json preprocessor_config.json processor_config.json added_tokens.json "
+    "tokenizer_config.json special_tokens_map.json chat_template.json chat_template.jinja"
+).split()
+# One is enough, the first that is there: the JSON is 33 MB of the same vocabulary.
+VOCABULARIES = ("tokenizer.model", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The wanted files of a repository or folder, in the order to fetch: what comes last proves the rest is there."""
+
+    stages: tuple[tuple[str, ...], ...]
+    file: str = ""  # the .gguf; empty where the folder itself is the answer
+
+    def missing(self, folder: Path) -> list[str]:
+        return [name for stage in self.stages for name in stage if not (folder / name).is_file()]
+
+
+def choose(names: Collection[str], place: str, wanted: str, text_only: bool, index: Callable[[], str]) -> Plan:
+    """Choose among the files of a place.
+
+    Safetensors before GGUF, of those the ones that `tensors.shards` reads; `index` gives the text of the index.
+
+    Raises:
+        SourceNotFound: `wanted`, a .gguf by name, is not there.
+        SourceError: no safetensors, and more than one .gguf.
+        ConfigError: no config.json. CheckpointError: no weights, or shards of the index missing.
+    """
+    top = {name for name in names if "/" not in name}
+    weights = sorted(name for name in top if name.startswith("model") and name.endswith(".safetensors"))
+    towers = sorted(name for name in names if is_gguf(name) and _is_tower(name))
+    ggufs = sorted(name for name in names if is_gguf(name) and not _is_tower(name))
+    if wanted and wanted not in names:
+        raise SourceNotFound(f"{place}/{wanted}", got="no such file", want=", ".join(ggufs) or "a .gguf")
+    if not wanted and not weights and INDEX not in top and ggufs:
+        if len(ggufs) > 1:
+            raise SourceError(
+                place,
+                got=f"{len(ggufs)} .gguf files: {', '.join(ggufs)}",
+                want="one",
+                do=f"name it, as in {place}/{ggufs[0]}, or download it and pass its path",
+            )
+        wanted = ggufs[0]
+    if wanted:
+        beside = [name for name in towers if name.rpartition("/")[0] == wanted.rpartition("/")[0]]
+        beside.sort(key=lambda name: [kind not in name.lower() for kind in ("bf16", "f32", "f16")])  # as gguf.py
+        return Plan((tuple(beside[: not text_only]), (wanted,)), wanted)
+    if "config.json" not in top:
+        raise ConfigError(place, got="no config.json", want="a model's folder: config.json and model*.safetensors")
+    small = [name for name in (*CONFIG_FILES, INDEX) if name in top]
+    small += [name for name in VOCABULARIES if name in top][:1]
+    if INDEX in top:
+        weights = _shards(index(), place, text_only)
+    elif "model.safetensors" in top:
+        weights = ["model.safetensors"]
+    if not weights:
+        raise CheckpointError(place, got="no weights", want="model*.safetensors or one .gguf")
+    if absent := [name for name in weights if name not in names]:
+        raise CheckpointError(f"{place}: shards that {INDEX} names", got=f"no {', '.join(absent)}", do="fetch them")
+    return Plan((tuple(small), tuple(weights)))
+
+
+def _shards(index: str, place: str, text_only: bool) -> list[str]:
+    """The files that the text of an index names, without those that text_only never opens."""
+    try:
+        files: dict[str, str] = json.loads(index)["weight_map"]
+        return sorted({file for name, file in files.items() if not (text_only and is_vision(canonical_name(name)))})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{place}: {INDEX}", got="a broken index", want="weight_map", do="fetch it again"
+        ) from None
+
+
+def is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
+
+
+def _is_tower(name: str) -> bool:
+    """Whether a .gguf holds the vision tower: llama.cpp keeps it in a file of its own, called mmproj…"""
+    return "mmproj" in name.rpartition("/")[2].lower()

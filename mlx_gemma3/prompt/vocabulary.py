@@ -1,0 +1,316 @@
+"""A vocabulary from tokenizer.model, tokenizer.json or a GGUF header, and the SentencePiece model built from it.
+
+Owns what the three formats mean for Gemma 3: which pieces are added tokens, which are control tokens, what order
+the merges have; and refuses a file that means something else. Knows nothing of encoding: tokenizer.py does that.
+
+A SentencePiece model is a protobuf message. Its few fields are written and read by hand here: the protobuf package
+would be one more dependency, of an extension module and a generated file that must fit its version, for forty lines.
+
+Sources: sentencepiece_model.proto of SentencePiece; the tokenizer.json of Gemma 3 (Hugging Face tokenizers); the GGUF
+specification, section on the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import TokenizerError
+from ..gguf_header import GGUFHeader
+
+SPACE = "\u2581"  # how a vocabulary writes a space
+BOS, START_OF_TURN, END_OF_TURN = "<bos>", "<start_of_turn>", "<end_of_turn>"
+START_OF_IMAGE, IMAGE, END_OF_IMAGE = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
+
+# The tokens that steer the model. Their names are fixed; files disagree about their types.
+CONTROL_NAMES = frozenset(
+    ("<pad>", "<eos>", BOS, "<unk>", START_OF_TURN, END_OF_TURN, START_OF_IMAGE, IMAGE, END_OF_IMAGE)
+)
+
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTE_PIECES = frozenset(f"<0x{value:02X}>" for value in range(256))
+
+# SentencePiece's piece types; GGUF uses the same numbers.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Pieces by id. An added token matches in the text before anything is merged; a control token is an added one."""
+
+    source: str  # named in errors
+    pieces: tuple[str, ...]
+    added: frozenset[str]
+    control: frozenset[str]
+
+    def __post_init__(self) -> None:
+        if missing := _BYTE_PIECES.difference(self.pieces):
+            raise _refusal(self.source, "byte pieces", f"no {min(missing)}", "all of <0x00> to <0xFF> (byte fallback)")
+        if len(set(self.pieces)) != len(self.pieces) or not all(self.pieces):
+            raise _refusal(self.source, "pieces", "an empty piece or the same piece twice", "one id for each piece")
+        # Control tokens are cut out of a text before SentencePiece sees it: no other added token may reach into them.
+        for control in self.control:
+            for other in self.added - self.control:
+                crossing = any(other.endswith(control[:length]) for length in range(1, len(control)))
+                if control in other or other in control or crossing:
+                    raise _refusal(self.source, "added tokens", f"{other!r} across {control!r}", "no overlap")
+
+    @property
+    def marked(self) -> tuple[str, ...]:
+        """Added tokens written with U+2581, longest first: they match that character, not the space it stands for."""
+        return tuple(sorted((piece for piece in self.added if SPACE in piece), key=len, reverse=True))
+
+    def sentencepiece(self) -> bytes:
+        """The SentencePiece model: added tokens USER_DEFINED, control tokens CONTROL, so that no text makes one.
+
+        Ids are in the order of the merges, so a piece's score is minus its id. An UNKNOWN piece, which SentencePiece
+        asks for and byte fallback never reaches, stands behind the last id.
+        """
+        unknown = "<unknown>"
+        while unknown in self.pieces:
+            unknown += ">"
+        parts = []
+        for token, piece in enumerate((*self.pieces, unknown)):
+            if piece in self.control:
+                kind = _CONTROL
+            elif piece in self.added:
+                kind = _USER_DEFINED
+            else:
+                kind = _BYTE if piece in _BYTE_PIECES else _UNKNOWN if token == len(self.pieces) else _NORMAL
+            text = piece.encode("utf-8")
+            body = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", -token) + bytes((0x18, kind))
+            parts.append(b"\x0a" + _varint(len(body)) + body)
+        trainer = b"\x18\x02" + _varint(35 << 3) + b"\x01"  # model_type BPE, byte_fallback
+        # identity; add_dummy_prefix, remove_extra_whitespaces off; escape_whitespaces on
+        normalizer = b"\x0a\x08identity" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
+        parts.append(b"\x12" + _varint(len(trainer)) + trainer + b"\x1a" + _varint(len(normalizer)) + normalizer)
+        return b"".join(parts)
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Read any of the three formats: GGUF by its signature, JSON by its suffix, else SentencePiece.
+
+    Raises:
+        TokenizerError: unreadable, or not Gemma 3's kind of vocabulary.
+        CheckpointError: a damaged GGUF header.
+    """
+    if is_gguf(path):
+        return _read_gguf(path)
+    if path.suffix != ".json":
+        return _read_sentencepiece(path)
+    try:
+        return _read_json(path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _refusal(str(path), "structure", error, "vocab, merges and added tokens as Gemma 3 lists them") from None
+
+
+def is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def added_tokens_file(path: Path) -> Path:
+    """Where names and ids lie that a tokenizer.model lacks (Gemma 3: <image_soft_token> only)."""
+    return path.with_name("added_tokens.json")
+
+
+def _read_sentencepiece(path: Path) -> Vocabulary:
+    """Google's file has no <image_soft_token>, and marks control tokens CONTROL or USER_DEFINED: both are retagged."""
+    source = str(path)
+    pieces, scores, kinds = [], [], []
+    settings: dict[int, dict[int, Any]] = {2: {}, 3: {}}
+    try:
+        for number, value in _fields(path.read_bytes()):
+            if number == 1:
+                entry = dict(_fields(value))
+                pieces.append(entry[1].decode("utf-8"))
+                scores.append(struct.unpack("<f", entry.get(2, bytes(4)))[0])
+                kinds.append(entry.get(3, _NORMAL))
+            elif number in settings:
+                settings[number] = dict(_fields(value))
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error):
+        raise _refusal(source, "format", "bytes that are no SentencePiece model", "a whole file") from None
+    trainer, normalizer = settings[2], settings[3]
+    for what, got, want in (
+        ("model_type", trainer.get(3, 1), 2),  # 2 is BPE
+        ("byte_fallback", trainer.get(35, 0), 1),
+        ("precompiled_charsmap", len(normalizer.get(2, b"")), 0),
+        ("add_dummy_prefix", normalizer.get(3, 1), 0),
+        ("remove_extra_whitespaces", normalizer.get(4, 1), 0),
+        ("escape_whitespaces", normalizer.get(5, 1), 1),
+    ):
+        if got != want:
+            raise _refusal(source, what, got, want)
+    extra_path = added_tokens_file(path)
+    extra = _load_json(extra_path) if extra_path.exists() else {}
+    for piece, token in sorted(extra.items(), key=lambda item: str(item[1])):
+        if piece in pieces:
+            continue
+        if token != len(pieces):
+            raise _refusal(str(extra_path), piece, f"id {token}", f"{len(pieces)}, the next free id")
+        pieces.append(piece)
+        kinds.append(_USER_DEFINED)
+    return _typed(source, pieces, kinds, scores)
+
+
+def _read_gguf(path: Path) -> Vocabulary:
+    """llama.cpp's converter writes spaces for U+2581 in added tokens, and [PADn] where the model has spare rows."""
+    settings, source = GGUFHeader.read(path).settings, str(path)
+    prefixed = settings.get("general.architecture") != "gemma3"  # where the file does not say
+    for name, want, default in (("model", "llama", None), ("add_space_prefix", False, prefixed)):
+        if (got := settings.get(f"tokenizer.ggml.{name}", default)) != want:
+            raise _refusal(source, f"tokenizer.ggml.{name}", repr(got), repr(want))
+    tokens, kinds = settings.get("tokenizer.ggml.tokens"), settings.get("tokenizer.ggml.token_type")
+    if tokens is None or kinds is None or len(tokens) != len(kinds):
+        raise _refusal(source, "tokenizer.ggml.tokens", "nothing, or not one type for each", "a vocabulary")
+    pieces = [token.replace(" ", SPACE) for token in tokens]
+    while pieces and pieces[-1] == f"[PAD{len(pieces) - 1}]":
+        pieces.pop()
+    scores = settings.get("tokenizer.ggml.scores", [])
+    return _typed(source, pieces, list(kinds[: len(pieces)]), scores[: len(pieces)])
+
+
+def _typed(source: str, pieces: list[str], kinds: list[int], scores: Sequence[float]) -> Vocabulary:
+    """A vocabulary from piece types: whatever is neither normal nor a byte is an added token."""
+    merged = [token for token, kind in enumerate(kinds) if kind == _NORMAL and len(pieces[token]) > 1]
+    if len(scores) and np.any(np.diff(np.asarray(scores)[merged]) > 0):
+        raise _refusal(source, "scores", "a score above an earlier piece's", "ids in the order of the merges")
+    if START_OF_IMAGE in pieces and IMAGE not in pieces:
+        pieces.append(IMAGE)  # the one token of Gemma 3 that Google's SentencePiece file lacks: the last id
+        kinds.append(_CONTROL)
+    added = {piece for piece, kind in zip(pieces, kinds, strict=True) if kind not in (_NORMAL, _BYTE)}
+    control = CONTROL_NAMES.intersection(pieces)
+    return Vocabulary(source, tuple(pieces), frozenset(added - _BYTE_PIECES) | control, control)
+
+
+def _read_json(path: Path) -> Vocabulary:
+    source, file = str(path), _load_json(path)
+    model = file.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+        raise _refusal(source, "model.vocab", "nothing", "an object of pieces and ids")
+    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    # Splits at spaces, of which the normalizer leaves none.
+    splitter = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    for what, got, allowed in (
+        ("model.type", model.get("type"), ["BPE"]),
+        ("model.byte_fallback", model.get("byte_fallback"), [True]),
+        ("model.ignore_merges", model.get("ignore_merges"), [False, None]),
+        ("model.dropout", model.get("dropout"), [None, 0.0]),
+        ("model.continuing_subword_prefix", model.get("continuing_subword_prefix"), [None, ""]),
+        ("model.end_of_word_suffix", model.get("end_of_word_suffix"), [None, ""]),
+        ("normalizer", file.get("normalizer"), [normalizer]),
+        ("pre_tokenizer", file.get("pre_tokenizer"), [splitter, None]),
+    ):
+        if got not in allowed:
+            raise _refusal(source, what, json.dumps(got), json.dumps(allowed[0], ensure_ascii=False))
+    ids: dict[str, int] = dict(model["vocab"])
+    added, control = set(), set()
+    for entry in file.get("added_tokens") or []:
+        piece, token = entry["content"], entry["id"]
+        if flags := [flag for flag in ("single_word", "lstrip", "rstrip", "normalized") if entry.get(flag)]:
+            raise _refusal(source, f"added token {piece!r}", flags[0], "a literal match")
+        if ids.setdefault(piece, token) != token:
+            raise _refusal(source, f"added token {piece!r}", f"ids {ids[piece]} and {token}", "one id")
+        added.add(piece)
+        if entry.get("special") or piece in CONTROL_NAMES:
+            control.add(piece)
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise _refusal(source, "ids", "a gap or an id given twice", f"each of 0 to {len(ids) - 1} once")
+    _check_merges(source, ids, model.get("merges") or [], added)
+    pieces = tuple(sorted(ids, key=ids.__getitem__))
+    return Vocabulary(source, pieces, frozenset(added), frozenset(control))
+
+
+def _check_merges(source: str, ids: Mapping[str, int], merges: Sequence[Any], added: set[str]) -> None:
+    """SentencePiece joins any two neighbours that form a piece, lowest id first: the listed merges must say the same.
+
+    Added tokens are matched before merging, so their own merges do not count; except the runs of U+2581, which
+    Hugging Face makes by merging when the text has spaces, and SentencePiece matches as a whole.
+    """
+    pairs = {tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair): None for pair in merges}
+    last, listed, made = -1, 0, set()
+    for pair in pairs:
+        piece = "".join(pair)
+        if piece not in ids:
+            raise _refusal(source, "merges", f"{piece!r}, which is no piece", "merges that form pieces")
+        if piece in added:
+            made.add(piece)
+            continue
+        if ids[piece] < last:
+            raise _refusal(source, "merges", f"{piece!r} (id {ids[piece]}) after id {last}", "merges in the order of ids")
+        last, listed = ids[piece], listed + 1
+    possible = 0
+    for piece in ids:
+        if piece not in added:
+            cuts = range(1, len(piece))
+            possible += sum(piece[:cut] in ids and piece[cut:] in ids for cut in cuts)
+    if listed != possible:
+        raise _refusal(source, "merges", f"{listed} pairs", f"all {possible} pairs of pieces that form a piece")
+    runs = [piece for piece in added if SPACE in piece]
+    if any(set(run) != {SPACE} or run not in made for run in runs):
+        raise _refusal(source, "added tokens", "U+2581 in a token that is not a merged run of it", "runs only")
+    if runs and any(min(runs, key=len) in piece for piece in ids if piece not in added):
+        raise _refusal(source, "pieces", "a run of U+2581 inside a longer piece", "runs by themselves")
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _refusal(str(path), "format", error, "a JSON file") from None
+    if not isinstance(values, dict):
+        raise _refusal(str(path), "format", type(values).__name__, "a JSON object")
+    return values
+
+
+def _refusal(source: str, what: str, got: object, want: object) -> TokenizerError:
+    return TokenizerError(f"{source}: {what}", got=got, want=want, do="use the tokenizer of a Gemma 3 checkpoint")
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, lowest first, the high bit set on all but the last."""
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Walk a protobuf message: (field number, int or bytes). Raises IndexError or ValueError on a broken one."""
+    at, end = 0, len(data)
+    while at < end:
+        key, at = _read_varint(data, at)
+        if (wire := key & 7) == 0:
+            value, at = _read_varint(data, at)
+            yield key >> 3, value
+            continue
+        if wire == 2:
+            length, at = _read_varint(data, at)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise ValueError(wire)
+        if at + length > end:
+            raise IndexError(at)
+        yield key >> 3, data[at : at + length]
+        at += length
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7

@@ -1,0 +1,255 @@
+"""config.json as the Hub and the MLX programs write it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_gemma3 import Config
+from mlx_gemma3.errors import ConfigError
+from mlx_gemma3.model.gemma3 import Gemma3
+
+# What the published config.json files say, as far as it decides shapes and counts (the sizes of the technical report).
+HUB_4B: dict[str, Any] = {
+    "model_type": "gemma3",
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "image_token_index": 262144,
+    "eos_token_id": [1, 106],
+    "mm_tokens_per_image": 256,
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+}
+TEXT_1B: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262144,
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1000000,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+}
+
+
+def with_text(**changes: Any) -> dict[str, Any]:
+    return HUB_4B | {"text_config": HUB_4B["text_config"] | changes}
+
+
+SIZES = {
+    "270m": TEXT_1B | {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
+    "1b": TEXT_1B,
+    "4b": HUB_4B,
+    "12b": with_text(
+        hidden_size=3840,
+        intermediate_size=15360,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    ),
+    "27b": with_text(
+        hidden_size=5376,
+        intermediate_size=21504,
+        num_hidden_layers=62,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=168,
+    ),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_sizes_have_every_parameter_and_the_total_count(size: str) -> None:
+    """Built without weights: MLX's arrays are lazy, so nothing is allocated."""
+    config = Config.from_dict(SIZES[size])
+    shapes = {name: array.shape for name, array in tree_flatten(Gemma3(config).parameters())}
+    text = config.text
+    d, f = text.hidden_size, text.intermediate_size
+    q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    want: dict[str, tuple[int, ...]] = {
+        "language_model.embed_tokens.weight": (text.vocab_size, d),
+        "language_model.norm.weight": (d,),
+    }
+    for i in range(text.num_hidden_layers):
+        layer = f"language_model.layers.{i}"
+        want |= {f"{layer}.self_attn.{name}_proj.weight": shape for name, shape in
+                 {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}.items()}  # fmt: skip
+        want |= {f"{layer}.self_attn.{name}_norm.weight": (text.head_dim,) for name in "qk"}
+        want |= {f"{layer}.mlp.{name}_proj.weight": shape for name, shape in
+                 {"gate": (f, d), "up": (f, d), "down": (d, f)}.items()}  # fmt: skip
+        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            want[f"{layer}.{norm}_layernorm.weight"] = (d,)
+    if config.vision is not None:
+        want |= _vision_shapes(d)
+    assert shapes == want
+    # Counted once by hand from the published shapes; the 4B, 12B and 27B share SigLIP's 417 M.
+    total = sum(_size(shape) for shape in shapes.values())
+    assert total == {
+        "270m": 268_098_176,
+        "1b": 999_885_952,
+        "4b": 4_300_079_472,
+        "12b": 12_187_325_040,
+        "27b": 27_432_406_640,
+    }[size]  # fmt: skip
+
+
+def _vision_shapes(d: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "vision_tower.embeddings.patch_embedding.weight": (1152, 14, 14, 3),
+        "vision_tower.embeddings.patch_embedding.bias": (1152,),
+        "vision_tower.embeddings.position_embedding.weight": (4096, 1152),
+        "vision_tower.post_layernorm.weight": (1152,),
+        "vision_tower.post_layernorm.bias": (1152,),
+        "multi_modal_projector.mm_input_projection_weight": (1152, d),
+        "multi_modal_projector.mm_soft_emb_norm.weight": (1152,),
+    }
+    for i in range(27):
+        layer = f"vision_tower.encoder.layers.{i}"
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"):
+            shapes |= {f"{layer}.{name}.weight": (1152, 1152), f"{layer}.{name}.bias": (1152,)}
+        shapes |= {f"{layer}.mlp.fc1.weight": (4304, 1152), f"{layer}.mlp.fc1.bias": (4304,)}
+        shapes |= {f"{layer}.mlp.fc2.weight": (1152, 4304), f"{layer}.mlp.fc2.bias": (1152,)}
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"{layer}.{name}.weight": (1152,), f"{layer}.{name}.bias": (1152,)}
+    return shapes
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def test_sparse_hub_config_takes_the_class_defaults() -> None:
+    text = Config.from_dict(HUB_4B).text
+    assert (text.vocab_size, text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (262208, 8, 4, 256)
+    assert (text.query_pre_attn_scalar, text.max_position_embeddings, text.rms_norm_eps) == (256, 131072, 1e-6)
+    assert (text.rope_theta, text.rope_scale, text.rope_local_theta) == (1e6, 8, 1e4)
+    globals_ = [layer for layer in range(34) if text.is_global(layer)]
+    assert globals_ == [5, 11, 17, 23, 29]  # the trailing partial group 30 to 33 is local
+
+
+def test_old_and_new_spelling_are_the_same_model() -> None:
+    types = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(34)]
+    rope = {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+    new = with_text(rope_scaling=None, rope_parameters=rope, layer_types=types, _sliding_window_pattern=6)
+    assert Config.from_dict(new) == Config.from_dict(HUB_4B)
+
+
+def test_flat_text_config_is_the_nested_one() -> None:
+    flat = Config.from_dict(TEXT_1B)
+    nested = Config.from_dict({"model_type": "gemma3", "text_config": TEXT_1B, "eos_token_id": [1, 106]})
+    assert flat == nested and flat.vision is None
+
+
+@pytest.mark.parametrize(
+    ("value", "ids"), [([1, 106], (1, 106)), (1, (1,)), (None, (1, 106)), ([1, 106, 107], (1, 106, 107))]
+)
+def test_eos_ids(value: Any, ids: tuple[int, ...]) -> None:
+    assert Config.from_dict(HUB_4B | {"eos_token_id": value}).eos_token_ids == ids
+
+
+def test_bookkeeping_of_other_tools_is_let_pass() -> None:
+    extra = {"unsloth_fixed": True, "_name_or_path": "x", "use_cache": True, "_attn_implementation_autoset": True}
+    assert Config.from_dict(HUB_4B | extra) == Config.from_dict(HUB_4B)
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"model_type": "llama", "hidden_size": 64}, "model_type"),
+        ({"model_type": "gemma3"}, "text_config"),
+        (TEXT_1B | {"model_type": "gemma2"}, "model_type"),
+        (TEXT_1B | {"hidden_activation": "silu"}, "hidden_activation"),
+        (TEXT_1B | {"attention_bias": True}, "attention_bias"),
+        (TEXT_1B | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        (TEXT_1B | {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        (TEXT_1B | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (TEXT_1B | {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling.rope_type"),
+        (TEXT_1B | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        (TEXT_1B | {"rope_scaling": {"rope_type": "linear", "factor": 8, "beta": 1}}, "rope_scaling.beta"),
+        (TEXT_1B | {"layer_types": ["chunked_attention"] * 26}, "layer_types"),
+        (TEXT_1B | {"layer_types": ["full_attention"] * 25}, "layer_types"),
+        (TEXT_1B | {"sliding_window": 0}, "sliding_window"),
+        (TEXT_1B | {"sliding_window": None}, "sliding_window"),
+        (TEXT_1B | {"num_key_value_heads": 3}, "num_key_value_heads"),
+        (TEXT_1B | {"head_dim": "256"}, "head_dim"),
+        (TEXT_1B | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        (TEXT_1B | {"num_experts": 8}, "num_experts"),
+        (TEXT_1B | {"attention_sink_size": 4}, "attention_sink_size"),
+        (with_text(model_type="gemma2"), "text_config.model_type"),
+        (with_text(query_rescale_scalar=2.0), "text_config.query_rescale_scalar"),
+        (HUB_4B | {"mm_tokens_per_image": 255}, "mm_tokens_per_image"),
+        (HUB_4B | {"image_token_index": 262208}, "image_token_index"),
+        (HUB_4B | {"vision_config": {"model_type": "clip_vision_model"}}, "vision_config.model_type"),
+        (HUB_4B | {"vision_config": HUB_4B["vision_config"] | {"vision_use_head": True}}, "vision_use_head"),
+        (HUB_4B | {"vision_config": HUB_4B["vision_config"] | {"hidden_act": "gelu"}}, "hidden_act"),
+        (HUB_4B | {"eos_token_id": "end"}, "eos_token_id"),
+        (HUB_4B | {"quantization_config": {"quant_method": "bitsandbytes", "bits": 4}}, "quantization_config"),
+    ],
+)
+def test_what_we_would_compute_wrongly_is_refused_by_name(values: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_dict(values)
+    message = str(caught.value)
+    assert message.startswith(name) and "\n" not in message and caught.value.code == "config"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"'])
+def test_broken_file_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        Config.from_file(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_from_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(HUB_4B))
+    assert Config.from_file(path) == Config.from_dict(HUB_4B)
+    with pytest.raises(ConfigError, match="no such file"):
+        Config.from_file(tmp_path / "other.json")

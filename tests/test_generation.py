@@ -1,0 +1,178 @@
+"""Chunks, sampling and the decode loop, each against a plain restatement."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from random_model import random_model, tiny_config
+
+from mlx_gemma3.errors import ContextError, OptionError
+from mlx_gemma3.generation.loop import decode, prefill, prefill_chunks
+from mlx_gemma3.generation.sampling import Sampling, penalise, sample, top_candidates
+from mlx_gemma3.model.gemma3 import Gemma3
+
+
+@pytest.fixture(scope="module")
+def model() -> Gemma3:
+    return random_model(tiny_config())
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=6), st.integers(0, 20), st.integers(1, 40))
+def test_chunks_cover_everything_and_cut_no_block(plan: list[tuple[int, int]], tail: int, chunk: int) -> None:
+    """`plan`: some text, then a picture, again and again; pictures with no text between them are one block."""
+    spans, at = [], 0
+    for text, picture in plan:
+        spans.append((at + text, at + text + picture))
+        at = spans[-1][1]
+    length = at + tail
+    chunks = prefill_chunks(length, spans, chunk)
+    assert [0, *(end for _, end in chunks)] == [*(begin for begin, _ in chunks), length]
+    joined = {b for (_, b), (c, _) in pairwise(spans) if b == c}
+    for _, end in chunks[:-1]:
+        assert end not in joined and not any(start < end < stop for start, stop in spans)
+    for begin, end in chunks:
+        assert begin < end
+        if end - begin > chunk:  # only a block that is longer than a chunk, and it alone
+            assert not any(start > begin for start, stop in spans if stop <= end and start not in joined)
+
+
+def test_chunks_keep_the_size_and_prefer_to_stop_before_a_block() -> None:
+    assert prefill_chunks(10, [], 4) == [(0, 4), (4, 8), (8, 10)]
+    assert prefill_chunks(12, [(3, 7)], 4) == [(0, 3), (3, 7), (7, 11), (11, 12)]
+    assert prefill_chunks(12, [(0, 6)], 4) == [(0, 6), (6, 10), (10, 12)]
+    assert prefill_chunks(9, [(1, 3), (3, 5)], 3) == [(0, 1), (1, 5), (5, 8), (8, 9)]
+    with pytest.raises(OptionError, match="chunk"):
+        prefill_chunks(3, [], 0)
+
+
+@pytest.mark.parametrize("size", [100, 262_208])
+@pytest.mark.parametrize("count", [1, 5, 64])
+def test_top_candidates_are_the_sorted_best(size: int, count: int) -> None:
+    logits = mx.random.normal((3, size), key=mx.random.key(size))
+    values, ids = top_candidates(logits, count)
+    order = np.argsort(-np.array(logits), axis=-1)[:, :count]
+    assert np.array_equal(np.array(ids), order)
+    assert np.array_equal(np.array(values), np.take_along_axis(np.array(logits), order, axis=-1))
+
+
+def allowed(logits: np.ndarray, sampling: Sampling) -> set[int]:
+    """The ids that may be drawn, restated in NumPy from the rules of transformers' logits processors."""
+    scores = logits / sampling.temperature
+    kept = np.ones(scores.size, bool)
+    if sampling.top_k:
+        kept &= scores >= np.sort(scores)[-min(sampling.top_k, scores.size)]
+    if sampling.top_p < 1:
+        masked = np.where(kept, scores, -np.inf)
+        order = np.argsort(masked)
+        probabilities = np.exp(masked[order] - masked.max())
+        probabilities /= probabilities.sum()
+        removed = np.cumsum(probabilities) <= 1 - sampling.top_p
+        removed[-1] = False
+        kept[order[removed]] = False
+    if sampling.min_p:
+        masked = np.where(kept, scores, -np.inf)
+        probabilities = np.exp(masked - masked.max())
+        kept &= probabilities >= sampling.min_p * probabilities.max()
+    return set(np.flatnonzero(kept).tolist())
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.7, top_k=5, top_p=1.0),
+        Sampling(temperature=1.5, top_k=0, top_p=0.8),
+        Sampling(temperature=2.0, top_k=20, top_p=0.6, min_p=0.1),
+        Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.2),
+        Sampling(temperature=1.0, top_k=1000, top_p=0.05),
+    ],
+    ids=str,
+)
+def test_every_allowed_id_is_drawn_and_no_other(sampling: Sampling) -> None:
+    logits = np.random.default_rng(3).normal(0, 2, 60).astype(np.float32)
+    rows = mx.array(np.tile(logits, (20_000, 1)))
+    drawn = np.array(sample(rows, sampling, mx.random.key(5)))
+    want = allowed(logits, sampling)
+    assert set(drawn.tolist()) <= want
+    scores = np.exp(logits[sorted(want)] / sampling.temperature)
+    expected = scores / scores.sum()
+    counts = np.array([(drawn == token).mean() for token in sorted(want)])
+    assert np.abs(counts - expected).max() < 0.02  # 20,000 draws: five standard deviations of the largest share
+
+
+def test_greedy_takes_the_best_and_needs_no_key() -> None:
+    logits = mx.array([[0.0, 3.0, 2.9], [5.0, -1.0, 4.0]])
+    assert sample(logits, Sampling(temperature=0), None).tolist() == [1, 0]
+
+
+def test_penalty_divides_positive_and_multiplies_negative_logits() -> None:
+    got = penalise(mx.array([[2.0, -2.0, 2.0, -2.0]]), mx.array([[True, True, False, False]]), 2.0)
+    assert got.tolist() == [[1.0, -4.0, 2.0, -2.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("min_p", 2),
+     ("repetition_penalty", 0), ("seed", -1)],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(OptionError, match=f"^{name}: got"):
+        Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+def naive(model: Gemma3, ids: list[int], count: int, penalty: float = 1.0) -> list[int]:
+    """Uncached greedy generation: what the loop must equal."""
+    out: list[int] = []
+    for _ in range(count):
+        logits = np.array(model([ids + out], last_only=True))[0, 0]
+        for token in set(ids + out):
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        out.append(int(logits.argmax()))
+    return out
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_the_pipelined_loop_is_naive_generation(model: Gemma3, penalty: float) -> None:
+    ids = [2, 9, 17, 33, 5]
+    caches = model.make_caches()
+    logits = prefill(model, ids, caches, chunk=2)
+    assert logits is not None
+    greedy = Sampling(temperature=0, repetition_penalty=penalty)
+    got = list(decode(model, logits, caches, prompt=ids, sampling=greedy, max_tokens=40))
+    assert got == naive(model, ids, 40, penalty)
+
+
+def test_a_seed_repeats_an_answer_and_another_seed_gives_another(model: Gemma3) -> None:
+    def run(seed: int | None) -> list[int]:
+        caches = model.make_caches()
+        logits = prefill(model, [2, 9], caches)
+        assert logits is not None
+        return list(decode(model, logits, caches, sampling=Sampling(seed=seed, temperature=2), max_tokens=20))
+
+    assert run(1) == run(1) != run(2)
+    assert run(None) != run(None)
+
+
+def test_the_context_is_a_border(model: Gemma3) -> None:
+    limit = model.config.text.max_position_embeddings
+    with pytest.raises(ContextError, match=f"{limit + 1} tokens, want at most {limit}"):
+        prefill(model, [5] * (limit + 1), model.make_caches())
+    caches = model.make_caches()
+    logits = prefill(model, [5] * (limit - 3), caches)
+    assert logits is not None
+    assert len(list(decode(model, logits, caches, sampling=Sampling(temperature=0), max_tokens=99))) == 3
+
+
+def test_prefill_reports_its_progress_and_stops_between_chunks(model: Gemma3) -> None:
+    seen: list[tuple[int, int]] = []
+    prefill(model, [5] * 10, model.make_caches(), chunk=4, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 10), (4, 10), (8, 10), (10, 10)]
+    caches = model.make_caches()
+    stop = iter([False, True])
+    assert prefill(model, [5] * 10, caches, chunk=4, cancelled=lambda: next(stop)) is None
+    assert caches.offset == 4
