@@ -184,7 +184,7 @@ class _Settings:
 
 
 def find_projector(header: GGUFHeader) -> GGUFHeader | None:
-    """The vision part of a text file: mmproj*.gguf in the same folder, made for a decoder of this width.
+    """The vision part of a text file: a .gguf called …mmproj… in the same folder, made for a decoder of this width.
 
     Of several, the one that rounds least: bf16 (as published), then f32, f16, the others.
     """
@@ -193,7 +193,7 @@ def find_projector(header: GGUFHeader) -> GGUFHeader | None:
         name = path.name.lower()
         return next((place for place, kind in enumerate(("bf16", "f32", "f16")) if kind in name), 3), name
 
-    found = [path for path in header.path.parent.glob("*.gguf") if path.name.lower().startswith("mmproj")]
+    found = [path for path in header.path.parent.glob("*.gguf") if "mmproj" in path.name.lower()]
     for path in sorted(found, key=by_precision):
         candidate = GGUFHeader.read(path)
         kind = candidate.settings.get("clip.projector_type") or candidate.settings.get("clip.vision.projector_type")

@@ -6,7 +6,7 @@ While the host looks at a token the device already works on the next: each step 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -119,7 +119,7 @@ def decode(
     prompt: Sequence[int] = (),
     sampling: Sampling,
     max_tokens: int,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Write at most `max_tokens` tokens, and never more than the model has positions.
 
     Args:

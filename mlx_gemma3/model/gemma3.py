@@ -19,6 +19,7 @@ import numpy as np
 from ..config import Config
 from ..errors import PromptError
 from .cache import Caches, check_padding
+from .layers import Linear
 from .text import TextModel
 from .vision import Projector, VisionTower
 
@@ -31,7 +32,7 @@ class Gemma3(nn.Module):
         self.config = config
         self.language_model = TextModel(config.text)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         if config.vision is not None:
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config, config.vision)

@@ -1,4 +1,8 @@
-"""The small parts that the decoder and the projector share: RMSNorm(1 + w), RoPE, tanh GELU.
+"""The small parts of the decoder and the tower: RMSNorm(1 + w), RoPE, tanh GELU, and matrices that start empty.
+
+mlx.nn's own Linear, Embedding and Conv2d draw random weights, from a state that MLX keeps for each thread and frees,
+with Python's lock held, when the thread ends: an engine's thread that ended while the interpreter does would abort the
+process. Ours start as zeros, which are never computed, since loading replaces them.
 
 Source of each rule: transformers 5.23, modeling_gemma3.py (Gemma3RMSNorm, rotate_half, Gemma3MLP).
 """
@@ -25,6 +29,55 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         gain = 1.0 + self.weight.astype(mx.float32)
         return mx.fast.rms_norm(x.astype(mx.float32), gain, self.eps).astype(x.dtype)
+
+
+class Linear(nn.Linear):
+    """`x @ weight.T + bias`, weight (out, in)."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        nn.Module.__init__(self)
+        self.weight = mx.zeros((outputs, inputs))
+        if bias:
+            self.bias = mx.zeros((outputs,))
+
+    def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: object) -> nn.QuantizedLinear:
+        packed = _packed(nn.QuantizedLinear, self.weight, group_size, bits, mode)
+        if "bias" in self:
+            packed.bias = self.bias
+        return packed
+
+
+class Embedding(nn.Embedding):
+    """Rows by id, weight (V, D); `as_linear` is the tied head."""
+
+    def __init__(self, count: int, size: int) -> None:
+        nn.Module.__init__(self)
+        self.weight = mx.zeros((count, size))
+
+    def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: object) -> nn.QuantizedEmbedding:
+        packed = _packed(nn.QuantizedEmbedding, self.weight, group_size, bits, mode)
+        packed.num_embeddings, packed.dims = self.weight.shape
+        return packed
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution over patches side by side, weight (out, patch, patch, 3)."""
+
+    def __init__(self, outputs: int, patch: int) -> None:
+        nn.Module.__init__(self)
+        self.weight = mx.zeros((outputs, patch, patch, 3))
+        self.bias = mx.zeros((outputs,))
+        self.stride, self.padding, self.dilation, self.groups = (patch, patch), (0, 0), 1, 1
+
+
+def _packed(kind: type[nn.Module], weight: mx.array, group_size: int, bits: int, mode: str) -> nn.Module:
+    """An mlx.nn quantised module with weight's packed form, made without its constructor."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.group_size, module.bits, module.mode = group_size, bits, mode
+    module.weight, module.scales, *biases = mx.quantize(weight, group_size=group_size, bits=bits, mode=mode)
+    module.biases = biases[0] if biases else None
+    return module
 
 
 def rope(x: mx.array, *, theta: float, scale: float, offset: int | mx.array) -> mx.array:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from ..config import TextConfig
 from .cache import Caches, GlobalCache, WindowCache
-from .layers import RMSNorm, gelu_tanh, rope
+from .layers import Embedding, Linear, RMSNorm, gelu_tanh, rope
 from .masks import attention_mask
 
 
@@ -32,10 +32,10 @@ class Attention(nn.Module):
         self.theta = config.rope_theta if far else config.rope_local_theta
         self.rope_scale = config.rope_scale if far else 1.0
         size, q_size, kv_size = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(size, q_size, bias=False)
-        self.k_proj = nn.Linear(size, kv_size, bias=False)
-        self.v_proj = nn.Linear(size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, size, bias=False)
+        self.q_proj = Linear(size, q_size, bias=False)
+        self.k_proj = Linear(size, kv_size, bias=False)
+        self.v_proj = Linear(size, kv_size, bias=False)
+        self.o_proj = Linear(q_size, size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
@@ -61,9 +61,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
@@ -91,7 +91,7 @@ class TextModel(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.embed_scale = math.sqrt(config.hidden_size)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import Config, VisionConfig
-from .layers import RMSNorm, gelu_tanh
+from .layers import Embedding, Linear, PatchConv, RMSNorm, gelu_tanh
 
 
 class VisionEmbeddings(nn.Module):
@@ -19,13 +19,14 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
-        self.position_embedding = nn.Embedding(config.grid**2, config.hidden_size)
+        self.patch_embedding = PatchConv(config.hidden_size, config.patch_size)
+        self.places = config.grid**2
+        self.position_embedding = Embedding(self.places, config.hidden_size)
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """(N, S, S, 3) → (N, patches, hidden)"""
         patches = self.patch_embedding(pixels)  # (N, grid, grid, hidden)
-        return patches.flatten(1, 2) + self.position_embedding.weight
+        return patches.flatten(1, 2) + self.position_embedding(mx.arange(self.places))
 
 
 class VisionAttention(nn.Module):
@@ -34,10 +35,10 @@ class VisionAttention(nn.Module):
         size = config.hidden_size
         self.heads = config.num_attention_heads
         self.scale = (size // self.heads) ** -0.5
-        self.q_proj = nn.Linear(size, size)
-        self.k_proj = nn.Linear(size, size)
-        self.v_proj = nn.Linear(size, size)
-        self.out_proj = nn.Linear(size, size)
+        self.q_proj = Linear(size, size, bias=True)
+        self.k_proj = Linear(size, size, bias=True)
+        self.v_proj = Linear(size, size, bias=True)
+        self.out_proj = Linear(size, size, bias=True)
 
     def __call__(self, x: mx.array) -> mx.array:
         count, length, _ = x.shape
@@ -52,8 +53,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(gelu_tanh(self.fc1(x)))

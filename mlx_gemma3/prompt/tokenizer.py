@@ -136,19 +136,20 @@ class Tokenizer:
         Raises:
             PromptError: the text holds half of a surrogate pair, which no UTF-8 can say.
         """
-        ids = [self.id(BOS)] if bos else []
-        splitter = self._splitter if special else self._marked_splitter
-        # Split on a group: plain stretches at even places, whole tokens at odd ones.
         try:
-            for place, part in enumerate(splitter.split(text) if splitter else (text,)):
-                if place % 2:
-                    ids.append(self.id(part))
-                elif part:
-                    ids.extend(self._sentencepiece.encode(part))
+            text.encode("utf-8")  # what SentencePiece raises here depends on its version
         except UnicodeEncodeError as error:
             raise PromptError(
                 "text", got=f"a lone surrogate at character {error.start}", want="text that UTF-8 can encode"
             ) from None
+        ids = [self.id(BOS)] if bos else []
+        splitter = self._splitter if special else self._marked_splitter
+        # Split on a group: plain stretches at even places, whole tokens at odd ones.
+        for place, part in enumerate(splitter.split(text) if splitter else (text,)):
+            if place % 2:
+                ids.append(self.id(part))
+            elif part:
+                ids.extend(self._sentencepiece.encode(part))
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:

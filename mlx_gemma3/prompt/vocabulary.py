@@ -244,7 +244,9 @@ def _check_merges(source: str, ids: Mapping[str, int], merges: Sequence[Any], ad
             made.add(piece)
             continue
         if ids[piece] < last:
-            raise _refusal(source, "merges", f"{piece!r} (id {ids[piece]}) after id {last}", "merges in the order of ids")
+            raise _refusal(
+                source, "merges", f"{piece!r} (id {ids[piece]}) after id {last}", "merges in the order of ids"
+            )
         last, listed = ids[piece], listed + 1
     possible = 0
     for piece in ids:

@@ -1,0 +1,31 @@
+# What CI runs: make check test bench docs. The environment is made once, by the first target that needs it.
+PYTHON ?= .venv/bin/python
+
+.PHONY: check test test-slow bench docs goldens
+
+$(PYTHON):
+	python3 -m venv .venv
+	$(PYTHON) -m pip install -q -e '.[270m,dev]'
+
+check: $(PYTHON)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) docs/generate.py --check
+
+test: $(PYTHON)
+	$(PYTHON) -m pytest
+
+test-slow: $(PYTHON)
+	$(PYTHON) -m pytest -m slow
+
+bench: $(PYTHON)
+	$(PYTHON) bench/start.py
+
+docs: $(PYTHON)
+	$(PYTHON) docs/generate.py
+
+# Needs the `reference` extra (torch, transformers): pip install -e '.[reference]'
+goldens: $(PYTHON)
+	$(PYTHON) tests/reference/make_model_goldens.py
+	$(PYTHON) tests/reference/make_image_goldens.py

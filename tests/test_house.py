@@ -1,0 +1,94 @@
+"""The house: imports go downwards, nothing heavy loads before it is needed, the documents are up to date."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mlx_gemma3"
+# A room imports from itself and from lower ranks only.
+RANKS = {
+    "errors": 0, "paths": 0, "config": 1, "gguf_header": 1,
+    "prompt": 2, "model": 3, "checkpoint": 4, "generation": 5, "runtime": 6, "cli": 7, "__init__": 7,
+}  # fmt: skip
+
+
+def imports() -> dict[str, set[str]]:
+    """Module → the modules of this package that it imports anywhere, as dotted names below mlx_gemma3."""
+    graph: dict[str, set[str]] = {}
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    for name, path in modules.items():
+        found = graph.setdefault(name, set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = name.split(".")[: -node.level]
+            target = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            for alias in node.names:
+                inner = f"{target}.{alias.name}" if target else alias.name
+                found.add(next(n for n in (inner, target, f"{target}.__init__".lstrip(".")) if n in modules))
+    return graph
+
+
+def test_imports_go_downwards_and_never_in_a_circle() -> None:
+    graph = imports()
+    room = {name: name.split(".")[0] for name in graph}
+    for name, targets in graph.items():
+        for target in targets:
+            up = RANKS[room[target]] >= RANKS[room[name]] and room[target] != room[name]
+            assert not up, f"{name} imports {target}"
+    list(TopologicalSorter({name: targets - {name} for name, targets in graph.items()}).static_order())
+
+
+def test_prompt_knows_nothing_of_mlx_and_generation_nothing_of_text() -> None:
+    for path in (PACKAGE / "prompt").glob("*.py"):
+        assert "import mlx" not in path.read_text(encoding="utf-8"), path
+    for name, targets in imports().items():
+        if name.startswith(("generation", "model")):
+            assert not any(target.startswith("prompt") for target in targets), name
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules in sys.modules of a fresh interpreter after `code`."""
+    script = f"import sys\n{code}\nsys.stderr.write(' '.join({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stderr.split())
+
+
+def test_importing_the_package_loads_neither_mlx_nor_pillow() -> None:
+    heavy = {"mlx", "PIL", "numpy", "sentencepiece", "huggingface_hub", "gguf", "transformers", "torch", "mlx_lm"}
+    assert not loaded_after("import mlx_gemma3") & heavy
+    assert not loaded_after("import mlx_gemma3.cli") & heavy
+
+
+def test_the_generate_path_imports_nothing_heavy_even_when_all_of_it_is_loaded() -> None:
+    modules = [name.removesuffix(".__init__") for name in imports() if name != "__init__"]
+    code = "\n".join(f"import mlx_gemma3.{name}" for name in modules)
+    assert not loaded_after(code) & {"transformers", "torch", "mlx_lm", "PIL", "huggingface_hub", "gguf"}
+
+
+def test_every_public_name_is_there() -> None:
+    import mlx_gemma3
+
+    for name in mlx_gemma3.__all__:
+        assert getattr(mlx_gemma3, name) is not None
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = mlx_gemma3.nothing_like_it
+
+
+def test_documents_made_from_the_code_are_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_test_command_of_ci_is_the_readmes() -> None:
+    command = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
+    assert command.startswith("python3 -m venv") and command in (ROOT / "README.md").read_text(encoding="utf-8")
