@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mlx_gemma3"
 # A room imports from itself and from lower ranks only.
 RANKS = {
     "errors": 0, "paths": 0, "config": 1, "gguf_header": 1,
-    "prompt": 2, "model": 3, "checkpoint": 4, "generation": 5, "runtime": 6, "cli": 7, "__init__": 7,
+    "prompt": 2, "model": 3, "checkpoint": 4, "generation": 5, "runtime": 6, "__init__": 7, "cli": 8,
 }  # fmt: skip
 
 

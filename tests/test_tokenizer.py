@@ -59,12 +59,11 @@ def small_json() -> dict[str, Any]:
     names = CONTROL + ADDED[:5] + [f"<0x{value:02X}>" for value in range(256)] + WORDS + letters
     names += [ADDED[5], *PICTURE, "<image_soft_token>"]
     ids = {piece: token for token, piece in enumerate(names)}
+    runs = ["\u2581\u2581\u2581", "\u2581\u2581"]
     pairs = [
         [piece[:cut], piece[cut:]]
-        for piece in sorted(
-            [*WORDS, "\u2581\u2581", "\u2581\u2581\u2581"], key=lambda p: (set(p) != {"\u2581"}, ids[p])
-        )
-        for cut in range(1, len(piece))
+        for piece in runs + WORDS
+        for cut in reversed(range(1, len(piece)))
         if piece[:cut] in ids and piece[cut:] in ids
     ]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -276,6 +275,13 @@ def test_small_sentencepiece_file(small: Tokenizer, tmp_path: Path) -> None:
     assert tokenizer.encode(text) == small.encode(text)
 
 
+def test_our_own_sentencepiece_file(tmp_path: Path) -> None:
+    source = read_vocabulary(write_json(tmp_path, small_json()))
+    (tmp_path / "tokenizer.model").write_bytes(source.sentencepiece())
+    read = read_vocabulary(tmp_path / "tokenizer.model")
+    assert (read.pieces, read.added, read.control) == (source.pieces, source.added, source.control)
+
+
 def test_added_tokens_must_follow(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(as_google_writes_it(read_vocabulary(write_json(tmp_path, small_json()))))
@@ -334,7 +340,9 @@ def swap_merges(values: Any) -> None:
         (lambda values: values["model"]["merges"].pop(), "merges"),
         (lambda values: values["model"]["merges"].append(["the", "x"]), "merges"),
         (swap_merges, "merges.*after id"),
-        (lambda values: values["model"]["merges"].pop(0), "U\\+2581"),
+        (lambda values: values["model"]["merges"].pop(0), "a merged run of 3"),
+        (lambda values: values["model"]["merges"].append(values["model"]["merges"].pop(0)), "longer runs first"),
+        (lambda values: values["model"]["merges"].insert(0, values["model"]["merges"].pop(2)), "longer runs first"),
         (lambda values: values["added_tokens"][2].update(lstrip=True), "<bos>.*lstrip"),
         (lambda values: values["added_tokens"][2].update(id=1), "<bos>.*one id"),
         (lambda values: values["added_tokens"][-4].update(special=True, content="n>"), "overlap|across|ids"),

@@ -10,6 +10,7 @@ Source of each rule: transformers 5.23, modeling_gemma3.py (Gemma3RMSNorm, rotat
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,7 +71,7 @@ class PatchConv(nn.Conv2d):
         self.stride, self.padding, self.dilation, self.groups = (patch, patch), (0, 0), 1, 1
 
 
-def _packed(kind: type[nn.Module], weight: mx.array, group_size: int, bits: int, mode: str) -> nn.Module:
+def _packed(kind: Any, weight: mx.array, group_size: int, bits: int, mode: str) -> nn.Module:
     """An mlx.nn quantised module with weight's packed form, made without its constructor."""
     module = kind.__new__(kind)
     nn.Module.__init__(module)

@@ -94,8 +94,10 @@ class Processor:
         elif isinstance(text_or_messages, str):
             pieces = [text_or_messages]
         else:
-            messages = [_with_images(message) for message in text_or_messages]
-            _refuse_system_pictures(messages)
+            messages = text_or_messages
+            if isinstance(messages, list | tuple):
+                messages = [_with_images(message) for message in messages]
+                _refuse_system_pictures(messages)
             pieces = render_pieces(
                 messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
             )

@@ -148,6 +148,9 @@ def _read_sentencepiece(path: Path) -> Vocabulary:
     ):
         if got != want:
             raise _refusal(source, what, got, want)
+    if kinds and kinds[-1] == _UNKNOWN and "<unk>" in pieces[:-1]:  # as `sentencepiece` writes it: no id of the model's
+        for column in (pieces, scores, kinds):
+            column.pop()
     extra_path = added_tokens_file(path)
     extra = _load_json(extra_path) if extra_path.exists() else {}
     for piece, token in sorted(extra.items(), key=lambda item: str(item[1])):
@@ -232,22 +235,24 @@ def _check_merges(source: str, ids: Mapping[str, int], merges: Sequence[Any], ad
     """SentencePiece joins any two neighbours that form a piece, lowest id first: the listed merges must say the same.
 
     Added tokens are matched before merging, so their own merges do not count; except the runs of U+2581, which
-    Hugging Face makes by merging when the text has spaces, and SentencePiece matches as a whole.
+    SentencePiece matches as a whole, longest first, where Hugging Face merges spaces. That comes to the same when
+    their merges stand before all others, those of longer runs first, and no longer piece holds a run.
     """
     pairs = {tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair): None for pair in merges}
-    last, listed, made = -1, 0, set()
+    last, listed, run = -1, 0, max(map(len, ids))
     for pair in pairs:
         piece = "".join(pair)
         if piece not in ids:
             raise _refusal(source, "merges", f"{piece!r}, which is no piece", "merges that form pieces")
-        if piece in added:
-            made.add(piece)
-            continue
-        if ids[piece] < last:
-            raise _refusal(
-                source, "merges", f"{piece!r} (id {ids[piece]}) after id {last}", "merges in the order of ids"
-            )
-        last, listed = ids[piece], listed + 1
+        if piece not in added:
+            if ids[piece] < last:
+                got = f"{piece!r} (id {ids[piece]}) after id {last}"
+                raise _refusal(source, "merges", got, "merges in the order of ids")
+            last, listed = ids[piece], listed + 1
+        elif SPACE in piece:
+            if listed or len(piece) > run:
+                raise _refusal(source, "merges", f"a run of {len(piece)} U+2581 late", "longer runs first, then words")
+            run = len(piece)
     possible = 0
     for piece in ids:
         if piece not in added:
@@ -255,10 +260,11 @@ def _check_merges(source: str, ids: Mapping[str, int], merges: Sequence[Any], ad
             possible += sum(piece[:cut] in ids and piece[cut:] in ids for cut in cuts)
     if listed != possible:
         raise _refusal(source, "merges", f"{listed} pairs", f"all {possible} pairs of pieces that form a piece")
-    runs = [piece for piece in added if SPACE in piece]
-    if any(set(run) != {SPACE} or run not in made for run in runs):
-        raise _refusal(source, "added tokens", "U+2581 in a token that is not a merged run of it", "runs only")
-    if runs and any(min(runs, key=len) in piece for piece in ids if piece not in added):
+    runs = sorted(piece for piece in added if SPACE in piece)
+    for length, piece in enumerate(runs, start=2):
+        if piece != SPACE * length or (SPACE * (length - 1), SPACE) not in pairs:
+            raise _refusal(source, "added tokens", f"{piece!r}", f"a merged run of {length} U+2581")
+    if runs and any(runs[0] in piece for piece in ids if piece not in added):
         raise _refusal(source, "pieces", "a run of U+2581 inside a longer piece", "runs by themselves")
 
 

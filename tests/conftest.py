@@ -1,0 +1,39 @@
+"""What several test files share: tiny checkpoints on disk with a tokenizer, and a cache folder of the tests' own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Vocabularies and joined checkpoints of a test run go to a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_GEMMA3_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def _write(folder: Path, config: dict, *, chat: bool) -> Path:
+    tiny.write_folder(folder, config, tiny.random_tensors(config, seed=4))
+    tiny_tokenizer.write_tokenizer(folder)
+    if chat:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "…"}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base checkpoint: words only, no chat template."""
+    return _write(tmp_path_factory.mktemp("tiny") / "tiny-text", tiny.text_config(), chat=False)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An instruction-tuned checkpoint with a vision tower."""
+    return _write(tmp_path_factory.mktemp("tiny") / "tiny-it", tiny.image_config(), chat=True)
