@@ -9,8 +9,10 @@ import json
 import os
 import re
 import select
+import signal
 import stat
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,15 +33,21 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _program(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         from . import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -173,13 +181,16 @@ def _read_stdin() -> str:
 def _print(stream: Stream, status: _Status, *, as_json: bool) -> bool:
     """Write the answer as it comes. Ctrl-C ends it; returns whether that happened."""
     interrupted = False
+
+    def cancel(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        stream.cancel()
+        signal.signal(signal.SIGINT, _leave)  # again: at once
+
+    signal.signal(signal.SIGINT, cancel)
     while True:
-        try:
-            event = stream.next()
-        except KeyboardInterrupt:
-            interrupted = True
-            stream.cancel()
-            continue
+        event = stream.next()
         kind = event["kind"]
         if as_json and "stage" not in event:
             typer.echo(json.dumps(event, ensure_ascii=False))
@@ -239,18 +250,22 @@ class _Status:
             self._shown = False
 
 
+def _leave(*_: object) -> None:
+    """Ctrl-C where nothing can be asked to stop (a download, a load): leave without waiting for its thread."""
+    os._exit(130)
+
+
 def main() -> None:
     """Run the program; an error of ours is one line on stderr."""
+    signal.signal(signal.SIGINT, _leave)
+    # Pillow warns of corrupt EXIF data; the picture is read all the same, and errors come as ImageError.
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         app()
     except Gemma3Error as error:
         sys.stdout.flush()
         typer.echo(f"mlx-gemma3: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        # A download or a load cannot be asked to stop: leave without waiting for its thread.
-        sys.stdout.flush()
-        os._exit(130)
     except BrokenPipeError:
         # The reader went away (`… | head`): nobody to write to, nothing to say.
         os._exit(1)
