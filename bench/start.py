@@ -90,6 +90,7 @@ def write_folder(folder: Path, dtype: str, tokenizer: Path | None) -> Path:
         "query_pre_attn_scalar sliding_window rms_norm_eps max_position_embeddings"
     ).split():
         config[name] = getattr(text, name)
+    config["query_pre_attn_scalar"] = int(text.query_pre_attn_scalar)  # transformers takes no 256.0
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     if tokenizer is None:
         (folder / "tokenizer.model").write_bytes(read_vocabulary(checkpoint.path).sentencepiece())

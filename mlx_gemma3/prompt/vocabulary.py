@@ -249,7 +249,7 @@ def _check_merges(source: str, ids: Mapping[str, int], merges: Sequence[Any], ad
                 got = f"{piece!r} (id {ids[piece]}) after id {last}"
                 raise _refusal(source, "merges", got, "merges in the order of ids")
             last, listed = ids[piece], listed + 1
-        elif SPACE in piece:
+        elif SPACE in piece and pair[1] == SPACE:  # a run grows by one: no other pair ever stands side by side
             if listed or len(piece) > run:
                 raise _refusal(source, "merges", f"a run of {len(piece)} U+2581 late", "longer runs first, then words")
             run = len(piece)
