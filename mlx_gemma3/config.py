@@ -27,19 +27,11 @@ _SEMANTIC_WORDS = (
     "scal softcap theta token_index token_id vocab window"
 ).split()
 
-# Known keys that do not change what the model computes.
+# Keys with such a word that do not change what the model computes.
 _INERT = frozenset(
-    "architectures attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id "
-    "cache_implementation chunk_size_feed_forward decoder_start_token_id dtype dropout eos_token_id "
-    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id hidden_dropout id2label "
-    "initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length "
-    "model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences "
-    "output_attentions output_hidden_states pad_token_id prefix problem_type projection_dim "
-    "quantization quantization_config remove_invalid_values repetition_penalty return_dict "
-    "sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder "
-    "tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache "
-    "pruned_heads cross_attention_hidden_size add_cross_attention finetuning_task diversity_penalty "
-    "encoder_no_repeat_ngram_size early_stopping output_scores return_dict_in_generate do_sample".split()
+    "add_cross_attention attention_dropout attn_implementation bos_token_id cross_attention_hidden_size "
+    "decoder_start_token_id eos_token_id forced_bos_token_id forced_eos_token_id hidden_dropout output_attentions "
+    "output_hidden_states pad_token_id pruned_heads sep_token_id".split()
 )
 
 
@@ -202,11 +194,9 @@ class Config:
 
         text_values = _object(values, "text_config") if nested else values
         vision_values = _object(values, "vision_config") if values.get("vision_config") is not None else None
-        if nested:
-            _refuse_unknown(values, _TOP_KEYS, "")
-            _refuse_unknown(text_values, _TEXT_KEYS | _TOP_KEYS, "text_config.")
-        else:
-            _refuse_unknown(values, _TEXT_KEYS | _TOP_KEYS, "")
+        # Text settings repeated beside text_config are let pass: text_config decides, as in the reference.
+        _refuse_unknown(values, _TEXT_KEYS | _TOP_KEYS, "")
+        _refuse_unknown(text_values, _TEXT_KEYS | _TOP_KEYS, "text_config." if nested else "")
 
         quantization = values.get("quantization") or values.get("quantization_config")
         if quantization is not None and ("bits" not in quantization or "quant_method" in quantization):
@@ -235,8 +225,8 @@ class Config:
 _TEXT_KEYS = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "query_pre_attn_scalar sliding_window sliding_window_pattern _sliding_window_pattern layer_types rope_theta "
-    "rope_local_base_freq rope_scaling rope_parameters rms_norm_eps max_position_embeddings hidden_activation "
-    "attention_bias attn_logit_softcapping final_logit_softcapping use_bidirectional_attention "
+    "rope_local_base_freq rope_global_base_freq rope_traditional rope_scaling rope_parameters rms_norm_eps "
+    "max_position_embeddings hidden_activation attention_bias attn_logit_softcapping final_logit_softcapping use_bidirectional_attention "
     "tie_word_embeddings".split()
 )
 _VISION_KEYS = frozenset(
@@ -258,6 +248,7 @@ def _read_text(values: Mapping[str, Any]) -> TextConfig:
     _only(values, "attn_logit_softcapping", None)
     _only(values, "final_logit_softcapping", None)
     _only(values, "use_bidirectional_attention", False)
+    _only(values, "rope_traditional", False)
     layers = _number(values, "num_hidden_layers")
     theta, scale, local_theta = _read_rope(values)
     return TextConfig(
@@ -299,7 +290,7 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[float, float, float]:
     """
     parameters = values.get("rope_parameters")
     if parameters is None:
-        theta = _real(values, "rope_theta", 1_000_000.0)
+        theta = _real(values, "rope_theta", _real(values, "rope_global_base_freq", 1_000_000.0))  # mlx-vlm's name
         local_theta = _real(values, "rope_local_base_freq", 10_000.0)
         return theta, _rope_scale(values.get("rope_scaling"), "rope_scaling"), local_theta
     if not isinstance(parameters, Mapping) or set(parameters) - {GLOBAL, LOCAL}:

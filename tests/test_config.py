@@ -197,9 +197,16 @@ def test_bookkeeping_of_other_tools_is_let_pass() -> None:
     assert Config.from_dict(HUB_4B | extra) == Config.from_dict(HUB_4B)
 
 
+def test_what_mlx_vlm_adds_is_understood() -> None:
+    added = with_text(rope_global_base_freq=1e6, rope_traditional=False) | {"hidden_size": 2048, "vocab_size": 257152}
+    assert Config.from_dict(added) == Config.from_dict(HUB_4B)
+    assert Config.from_dict(with_text(rope_global_base_freq=5e5)).text.rope_theta == 5e5
+
+
 @pytest.mark.parametrize(
     ("values", "name"),
     [
+        (TEXT_1B | {"rope_traditional": True}, "rope_traditional"),
         ({"model_type": "llama", "hidden_size": 64}, "model_type"),
         ({"model_type": "gemma3"}, "text_config"),
         (TEXT_1B | {"model_type": "gemma2"}, "model_type"),

@@ -47,7 +47,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 # ---- a small vocabulary, in all three formats --------------------------------------------------------------------
 
-ADDED = ["<unused0>", "\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "<b>"]
+ADDED = ["<unused0>", "\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "\u2581\u2581\u2581\u2581", "<b>"]
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 PICTURE = ["<start_of_image>", "<end_of_image>"]
 WORDS = "th the \u2581the he in ing \u2581a an and \u2581and ab aba ba".split()
@@ -56,13 +56,14 @@ WORDS = "th the \u2581the he in ing \u2581a an and \u2581and ab aba ba".split()
 def small_json() -> dict[str, Any]:
     """A tokenizer.json as Gemma 3's, with a few words. Merges: every pair that forms a piece, runs of U+2581 first."""
     letters = sorted(set("abdeghint<>_\u2581"))
-    names = CONTROL + ADDED[:5] + [f"<0x{value:02X}>" for value in range(256)] + WORDS + letters
-    names += [ADDED[5], *PICTURE, "<image_soft_token>"]
+    names = CONTROL + ADDED[:-1] + [f"<0x{value:02X}>" for value in range(256)] + WORDS + letters
+    names += [ADDED[-1], *PICTURE, "<image_soft_token>"]
     ids = {piece: token for token, piece in enumerate(names)}
-    runs = ["\u2581\u2581\u2581", "\u2581\u2581"]
-    pairs = [
+    # As in the published file: the longest first part first, so (1, 3) stands behind (2, 1).
+    pairs = [["\u2581" * left, "\u2581" * right] for left in (3, 2, 1) for right in range(4 - left, 0, -1)]
+    pairs += [
         [piece[:cut], piece[cut:]]
-        for piece in runs + WORDS
+        for piece in WORDS
         for cut in reversed(range(1, len(piece)))
         if piece[:cut] in ids and piece[cut:] in ids
     ]
@@ -321,7 +322,7 @@ def change(*keys: str, to: Any) -> Any:
 
 def swap_merges(values: Any) -> None:
     merges = values["model"]["merges"]
-    merges[-1], merges[3] = merges[3], merges[-1]
+    merges[-1], merges[6] = merges[6], merges[-1]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def swap_merges(values: Any) -> None:
         (lambda values: values["model"]["merges"].pop(), "merges"),
         (lambda values: values["model"]["merges"].append(["the", "x"]), "merges"),
         (swap_merges, "merges.*after id"),
-        (lambda values: values["model"]["merges"].pop(0), "a merged run of 3"),
+        (lambda values: values["model"]["merges"].pop(0), "a merged run of 4"),
         (lambda values: values["model"]["merges"].append(values["model"]["merges"].pop(0)), "longer runs first"),
         (lambda values: values["model"]["merges"].insert(0, values["model"]["merges"].pop(2)), "longer runs first"),
         (lambda values: values["added_tokens"][2].update(lstrip=True), "<bos>.*lstrip"),
