@@ -226,8 +226,8 @@ _TEXT_KEYS = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "query_pre_attn_scalar sliding_window sliding_window_pattern _sliding_window_pattern layer_types rope_theta "
     "rope_local_base_freq rope_global_base_freq rope_traditional rope_scaling rope_parameters rms_norm_eps "
-    "max_position_embeddings hidden_activation attention_bias attn_logit_softcapping final_logit_softcapping use_bidirectional_attention "
-    "tie_word_embeddings".split()
+    "max_position_embeddings hidden_activation attention_bias attn_logit_softcapping final_logit_softcapping "
+    "use_bidirectional_attention tie_word_embeddings".split()
 )
 _VISION_KEYS = frozenset(
     "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size layer_norm_eps "
