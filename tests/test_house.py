@@ -15,7 +15,8 @@ PACKAGE = ROOT / "mlx_gemma3"
 # A room imports from itself and from lower ranks only.
 RANKS = {
     "errors": 0, "paths": 0, "config": 1, "gguf_header": 1,
-    "prompt": 2, "model": 3, "checkpoint": 4, "generation": 5, "runtime": 6, "__init__": 7, "cli": 8,
+    "prompt": 2, "model": 3, "checkpoint": 4, "generation": 5, "runtime": 6,
+    "convert": 7, "__init__": 8, "commands": 9, "cli": 10,
 }  # fmt: skip
 
 
