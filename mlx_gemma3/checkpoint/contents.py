@@ -1,0 +1,50 @@
+"""What a checkpoint holds, entry by entry, known from headers alone: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How MLX holds a matrix of few bits: `bits` a number, one scale (and bias, when affine) for each group of a row."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits, groups of {self.group_size}" + ("" if self.mode == "affine" else f", {self.mode}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of the model, as the checkpoint stores it."""
+
+    name: str  # canonical, as in model.parameters(): "language_model.layers.0.mlp.up_proj.weight"
+    shape: tuple[int, ...]  # of its numbers, before any packing
+    kind: str  # the file's word for it: "BF16", "U32", "Q4_K"
+    packing: Packing | None  # how load_model holds it; None for plain numbers
+    nbytes: int  # in the file, scales and biases included
+
+
+class Store(Protocol):
+    """An opened checkpoint whose parameters can be read one at a time, and in parts.
+
+    Whoever goes through a checkpoint larger than memory reads rows, uses them and drops them.
+    """
+
+    entries: Sequence[Entry]  # every parameter of the model, each once
+
+    def read(self, entry: Entry, start: int = 0, stop: int | None = None) -> dict[str, mx.array]:
+        """Rows `start` to `stop` along the first axis, from the file, evaluated.
+
+        Returns:
+            {entry.name: array} for plain numbers, in the file's precision; for a packed matrix its `….weight`
+            (uint32), `….scales` and, when affine, `….biases`, in the file's precision.
+        """
+        ...
