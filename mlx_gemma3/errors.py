@@ -13,6 +13,7 @@
     │   └── ContextError       "context"       more tokens than the model has positions
     ├── ImageError             "image"         a picture that cannot be read
     ├── OptionError            "option"        a setting out of its range
+    ├── OutputError            "output"        a place that cannot be written: in use, full, not allowed
     └── ClosedError            "closed"        the engine or stream was closed
 
 A message is one line: what is wrong, what was found, what was wanted, what to do about it.
@@ -89,6 +90,10 @@ class ImageError(Gemma3Error):
 
 class OptionError(Gemma3Error):
     code = "option"
+
+
+class OutputError(Gemma3Error):
+    code = "output"
 
 
 class ClosedError(Gemma3Error):

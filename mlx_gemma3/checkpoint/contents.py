@@ -11,7 +11,7 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class Packing:
-    """How MLX holds a matrix of few bits: `bits` a number, one scale (and bias, when affine) for each group of a row."""
+    """How MLX holds a matrix of few bits: `bits` a number, and a scale (affine: a bias too) for each group of a row."""
 
     bits: int
     group_size: int

@@ -109,8 +109,10 @@ def load_model(source: str | Path | Checkpoint, *, dtype: str = "auto", text_onl
     else:
         header, projector = source.gguf
         tensors = gguf.read_tensors(header, None if text_only else projector, config, target)
-    model = Gemma3(config)
-    _fill(model, tensors, target, where=source.path)
+    model = fitted_model(config, tensors, where=source.path)
+    model.load_weights(
+        [(name, x.astype(target) if mx.issubdtype(x.dtype, mx.floating) else x) for name, x in tensors.items()]
+    )
     model.eval()
     model.freeze()
     return model
@@ -125,8 +127,15 @@ def _dtype(name: str) -> mx.Dtype:
     return mx.float32 if name == "float32" else mx.bfloat16
 
 
-def _fill(model: Gemma3, tensors: dict[str, mx.array], dtype: mx.Dtype, *, where: Path) -> None:
-    """Put the tensors in their places, packed ones into quantised modules, floats cast to dtype (lazily)."""
+def fitted_model(config: Config, tensors: Mapping[str, mx.array], *, where: Path) -> Gemma3:
+    """A model without its weights whose parameters are exactly these tensors: packed modules where they have scales.
+
+    Nothing is evaluated.
+
+    Raises:
+        CheckpointError: tensors missing or unknown, or of a wrong shape or type.
+    """
+    model = Gemma3(config)
     packings = dict(_packings(model, tensors, model.config.quantization, where))
     if packings:
         nn.quantize(model, class_predicate=lambda path, _: packings.get(path, False))
@@ -149,9 +158,7 @@ def _fill(model: Gemma3, tensors: dict[str, mx.array], dtype: mx.Dtype, *, where
             raise CheckpointError(f"{where}: {name}", got=f"shape {got.shape}", want=want.shape)
         if mx.issubdtype(want.dtype, mx.floating) != mx.issubdtype(got.dtype, mx.floating):
             raise CheckpointError(f"{where}: {name}", got=_named(got.dtype), want=_named(want.dtype))
-    model.load_weights(
-        [(name, x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x) for name, x in tensors.items()]
-    )
+    return model
 
 
 def _hint(missing: set[str], extra: set[str], wanted: Mapping[str, mx.array]) -> str:

@@ -188,18 +188,25 @@ def _missing_shard(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}", got="no such file", want="every shard of the checkpoint", do="fetch it again")
 
 
-def read_folder(folder: Path, config: Config, *, text_only: bool = False) -> dict[str, mx.array]:
-    """The folder's tensors by canonical name: lazy arrays, read from disk when they are evaluated.
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor of the model lies."""
 
-    Only what the model uses is in the result, so nothing else is ever read. A shard whose promised tensors are all
-    unused (the vision tower of a text-only load) is not opened and may be absent.
+    path: Path
+    info: TensorInfo  # under its published name
+
+
+def locate(folder: Path, config: Config, *, text_only: bool = False) -> dict[str, Place]:
+    """The place of each tensor that the model uses, by canonical name; nothing but headers is read.
+
+    A shard whose promised tensors are all unused (the vision tower of a text-only load) is not opened and may be
+    absent.
 
     Raises:
         CheckpointError: a shard is missing, cut off or damaged, lacks what the index promises, a dtype cannot be
             read, or two names mean the same tensor.
     """
-    tensors: dict[str, mx.array] = {}
-    origins: dict[str, str] = {}
+    places: dict[str, Place] = {}
     for path, promised in shards(folder).items():
         if promised and not _used_names(promised, config, text_only):
             continue
@@ -210,20 +217,32 @@ def read_folder(folder: Path, config: Config, *, text_only: bool = False) -> dic
             raise CheckpointError(
                 f"{path}", got=f"no {listed(absent)}", want=f"what {INDEX} promises", do="fetch both again"
             )
-        used = _used_names(header, config, text_only)
-        for name, canonical in used.items():
+        for name, canonical in _used_names(header, config, text_only).items():
             if header[name].dtype not in _READABLE:
                 raise CheckpointError(
                     f"{path}: {name}", got=f"dtype {header[name].dtype}", want="F32, F16, BF16 or MLX-packed U32"
                 )
-            if canonical in origins:
+            if canonical in places:
                 raise CheckpointError(
-                    f"{path}: {name}", got=f"the same tensor as {origins[canonical]}", want="each tensor once"
+                    f"{path}: {name}",
+                    got=f"the same tensor as {places[canonical].info.name}",
+                    want="each tensor once",
                 )
-            origins[canonical] = name
-        if used:
-            arrays = _map_file(path)
-            tensors.update({canonical: arrays[name] for name, canonical in used.items()})
+            places[canonical] = Place(path, header[name])
+    return places
+
+
+def read_folder(folder: Path, config: Config, *, text_only: bool = False) -> dict[str, mx.array]:
+    """The folder's tensors by canonical name: lazy arrays, read from disk when they are evaluated.
+
+    Only what the model uses is in the result, so nothing else is ever read.
+
+    Raises:
+        CheckpointError: as `locate`, or a file that MLX cannot read.
+    """
+    places = locate(folder, config, text_only=text_only)
+    files = {path: _map_file(path) for path in dict.fromkeys(place.path for place in places.values())}
+    tensors = {name: files[place.path][place.info.name] for name, place in places.items()}
     if (weight := tensors.get(PATCH_WEIGHT)) is not None:
         tensors[PATCH_WEIGHT] = channels_last(weight)
     return tensors

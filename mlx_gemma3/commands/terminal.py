@@ -25,6 +25,16 @@ class Status:
             sys.stderr.flush()
             self._shown = True
 
+    def bar(self, done: int, total: int, what: str) -> None:
+        """A bar of 24 places, the share, and the thing at hand."""
+        if self._on:
+            full = 24 * done // max(total, 1)
+            sys.stderr.write(
+                f"\r\x1b[2K[{'#' * full}{'.' * (24 - full)}] {100 * done // max(total, 1):3} %  {what[:50]}"
+            )
+            sys.stderr.flush()
+            self._shown = True
+
     def clear(self) -> None:
         if self._shown:
             sys.stderr.write("\r\x1b[2K")

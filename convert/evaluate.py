@@ -1,0 +1,321 @@
+"""Two checkpoints on the same words and pictures: perplexity of each, and how far apart their predictions are.
+
+    text ─ ids ─ windows ┐
+                         ├─ both models, a prefill chunk at a time ─ heads on a few rows ─ one line of numbers a token
+    pictures ─ prompts ──┘
+
+Logits of a whole text would be 1 MiB a token and model, so the heads run on slices of SLICE numbers, both models on the
+same rows, and of each slice only its scores stay. Knows nothing of quantisation: any two checkpoints with one
+vocabulary can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_gemma3.checkpoint.load import Checkpoint, load_model, open_checkpoint
+from mlx_gemma3.checkpoint.source import resolve
+from mlx_gemma3.errors import OptionError, PromptError, TokenizerError
+from mlx_gemma3.generation.loop import decode, default_chunk, prefill, prefill_chunks
+from mlx_gemma3.generation.sampling import Sampling
+from mlx_gemma3.model.gemma3 import Gemma3
+from mlx_gemma3.prompt.processor import Picture, Processor, Prompt
+from mlx_gemma3.prompt.tokenizer import Tokenizer
+from mlx_gemma3.prompt.vocabulary import START_OF_IMAGE
+
+from .scores import Distance, Evaluation, Scores
+
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much (0, 0: not counted)
+
+SLICE = 1 << 24  # logits of one model at once: 64 tokens of Gemma 3's vocabulary, 64 MiB
+MIN_TOKENS = 16  # fewer say nothing
+ANSWER_TOKENS = 32  # of the reference's greedy answer about each picture
+QUESTION = "Describe this picture."
+OPENING = "This picture shows"  # for checkpoints that complete and do not answer
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A checkpoint in memory: what `evaluate` reads, once for several comparisons."""
+
+    name: str
+    model: Gemma3
+    tokenizer: Tokenizer
+    instruct: bool  # asked about pictures in a chat; else it completes a text
+
+
+def open_model(source: str | Path | Checkpoint, *, dtype: str = "auto", text_only: bool = True) -> Opened:
+    """Load a checkpoint for `evaluate`. Arguments and errors are those of `load_model`; not a download bar."""
+    if not isinstance(source, Checkpoint):
+        source = open_checkpoint(resolve(source, text_only=text_only, quiet=True), text_only=text_only)
+    model = load_model(source, dtype=dtype, text_only=text_only)
+    return Opened(source.name, model, source.tokenizer(), source.instruct)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        PromptError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise PromptError(f"{path}", got=error.strerror or error, want="a readable text file") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path}", got=f"bytes that are not UTF-8 at {error.start}", want="a text file") from None
+
+
+def evaluate(
+    model: str | Path | Checkpoint | Opened,
+    *,
+    text: str = "",
+    against: str | Path | Checkpoint | Opened | None = None,
+    images: Sequence[Picture] = (),
+    window: int = 2048,
+    max_tokens: int | None = None,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a checkpoint on a text, and with `against` how far it is from another one.
+
+    Perplexity is that of every token of the text, each counted once: a window's first token after <bos> alone, its
+    n-th after <bos> and the n - 1 before it. Names of control tokens in the text are plain characters. Of each picture
+    the words of its prompt count, and those of the greedy answer that `against` gives; never the picture's own rows.
+
+    Args:
+        model: alias, folder, Hub id, .gguf, or what `open_model` returned.
+        text: may be left out where there are pictures.
+        against: the reference; the divergence is KL(against || model).
+        images: paths, bytes of files or Pillow images; they need `against`.
+        window: tokens that are read together, without any of the text before; at most the models' positions.
+        max_tokens: only the text's first ones.
+        dtype: of the models that are loaded here, as in `load_model`.
+        progress: called before and during the work.
+
+    Raises:
+        PromptError: the text has fewer than 16 tokens, or a picture for a checkpoint without vision.
+        OptionError: a setting out of range, pictures without `against`.
+        TokenizerError: the two vocabularies differ.
+        Gemma3Error: what loading either raises.
+    """
+    tell: Progress = progress or (lambda what, done, total: None)
+    if window < 1 or (max_tokens is not None and max_tokens < MIN_TOKENS):
+        name, got, least = ("window", window, 1) if window < 1 else ("max_tokens", max_tokens, MIN_TOKENS)
+        raise OptionError(name, got=got, want=f">= {least}")
+    if isinstance(images, str | bytes | Path):
+        raise OptionError("images", got=type(images).__name__, want="a list of pictures")
+    if images and against is None:
+        raise OptionError("pictures", got=len(images), want="another checkpoint as well, to compare with (against)")
+    if not text and not images:
+        raise PromptError("text", got="nothing", want=f"at least {MIN_TOKENS} tokens")
+    subjects = []
+    for source in (model,) if against is None else (model, against):
+        if not isinstance(source, Opened):
+            tell(f"loading {source.name if isinstance(source, Checkpoint) else source}", 0, 0)
+            source = open_model(source, dtype=dtype, text_only=not images)
+        subjects.append(source)
+    size = min(subject.model.config.text.vocab_size for subject in subjects)
+    if against is not None:
+        _check_vocabularies(*subjects)
+    window = min(window, *(subject.model.config.text.max_position_embeddings for subject in subjects))
+    return Evaluation(
+        model=subjects[0].name,
+        against=subjects[1].name if against is not None else None,
+        window=window,
+        words=_on_text(subjects, size, text, window, max_tokens, tell) if text else None,
+        pictures=_on_pictures(subjects, size, images, tell) if images else None,
+    )
+
+
+def _check_vocabularies(one: Opened, other: Opened) -> None:
+    """Refuse two vocabularies that say different things with the same ids.
+
+    One may have control tokens more at its end: GGUF files lack <image_soft_token>.
+    """
+    short, long = sorted((one, other), key=lambda subject: subject.tokenizer.vocab_size)
+    for token in range(long.tokenizer.vocab_size):
+        piece, same = long.tokenizer.piece(token), short.tokenizer.piece(token)
+        extra = token >= short.tokenizer.vocab_size and token in long.tokenizer.special_ids
+        if piece != same and not extra:
+            raise TokenizerError(
+                f"vocabularies of {long.name} and {short.name}",
+                got=f"{piece!r} and {same!r} for id {token}",
+                want="the same",
+                do="only checkpoints with one vocabulary can be compared",
+            )
+
+
+def _on_text(
+    subjects: Sequence[Opened], size: int, text: str, window: int, max_tokens: int | None, tell: Progress
+) -> Scores:
+    ids, *others = (subject.tokenizer.encode(text, special=False) for subject in subjects)
+    if any(other != ids for other in others):
+        raise TokenizerError("token ids of the text", got="two ways to merge", want="the same from both checkpoints")
+    if len(ids) < MIN_TOKENS:
+        raise PromptError("text", got=f"{len(ids)} tokens", want=f"at least {MIN_TOKENS}")
+    ids = ids[:max_tokens]
+    tally = _Tally(subjects, size, lambda done: tell("text", done, len(ids)))
+    bos = subjects[-1].model.config.bos_token_id
+    for begin in range(0, len(ids), window):
+        piece = ids[begin : begin + window]
+        tally.read([bos, *piece[:-1]], np.array(piece))
+    return tally.scores()
+
+
+def _on_pictures(subjects: Sequence[Opened], size: int, images: Sequence[Picture], tell: Progress) -> Scores:
+    model, reference = subjects
+    _check_vision(model, reference)
+    tally = _Tally(subjects, size)
+    for number, picture in enumerate(images):
+        tell("pictures", number, len(images))
+        prompt = _picture_prompt(reference, picture)
+        tokens = [*prompt.tokens, *_greedy(reference, prompt)]
+        of_picture = np.array(tokens) == reference.model.config.image_token_id
+        targets = np.where(of_picture[:-1] | of_picture[1:], -1, tokens[1:])
+        tally.read(tokens[:-1], targets, pixels=prompt.pixels, spans=prompt.spans)
+    tell("pictures", len(images), len(images))
+    return tally.scores()
+
+
+def _check_vision(model: Opened, reference: Opened) -> None:
+    """Both see, and see pictures of one size in as many tokens."""
+    views = []
+    for subject in (model, reference):
+        config = subject.model.config
+        if config.vision is None:
+            raise PromptError("pictures", got=f"{subject.name}, which is text-only", want="two checkpoints that see")
+        views.append((config.vision.image_size, config.mm_tokens_per_image, config.image_token_id))
+    if views[0] != views[1]:
+        raise PromptError(
+            f"pictures of {model.name} and {reference.name}",
+            got=" and ".join(f"{side} pixels in {count} tokens of id {token}" for side, count, token in views),
+            want="the same",
+        )
+
+
+def _picture_prompt(subject: Opened, picture: Picture) -> Prompt:
+    processor = Processor(subject.tokenizer, subject.model.config)
+    if not subject.instruct:
+        return processor.prepare(f"{START_OF_IMAGE}{OPENING}", [picture])
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    return processor.prepare([{"role": "user", "content": content}], [picture])
+
+
+def _greedy(subject: Opened, prompt: Prompt) -> list[int]:
+    """The greedy answer, the token that ends it included."""
+    caches = subject.model.make_caches()
+    logits = prefill(subject.model, prompt.tokens, caches, pixels=prompt.pixels, spans=prompt.spans)
+    assert logits is not None
+    answer: list[int] = []
+    steps = decode(subject.model, logits, caches, sampling=Sampling(temperature=0), max_tokens=ANSWER_TOKENS)
+    with closing(steps):
+        for token in steps:
+            answer.append(token)
+            if token in subject.model.config.eos_token_ids:
+                break
+    return answer
+
+
+class _Tally:
+    """Scores of the tokens read so far, by one model or by a model and its reference."""
+
+    def __init__(self, subjects: Sequence[Opened], size: int, tell: Callable[[int], None] | None = None) -> None:
+        self.models = [subject.model for subject in subjects]
+        self.size = size  # ids that both models have; a few without a piece may follow in one of them
+        self.tell = tell or (lambda done: None)
+        self.parts: list[list[NDArray[Any]]] = []  # a slice: loss; against a reference also loss, divergence, …
+        self.count = 0
+
+    def read(
+        self,
+        tokens: Sequence[int],
+        targets: NDArray[np.int64],
+        *,
+        pixels: NDArray[np.float32] | None = None,
+        spans: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Read one context and score it.
+
+        Args:
+            tokens: L ids.
+            targets: (L,) the id that comes after each; -1 where none is scored.
+            pixels: (N, S, S, 3), the pictures of the image tokens `spans`.
+        """
+        ids = np.array([tokens], dtype=np.int32)
+        caches = [model.make_caches() for model in self.models]
+        for begin, end in prefill_chunks(len(tokens), spans, min(map(default_chunk, self.models))):
+            inside = [n for n, (start, stop) in enumerate(spans) if begin <= start and stop <= end]
+            pictures = pixels[inside] if pixels is not None and inside else None
+            rows = []
+            for model, own in zip(self.models, caches, strict=True):
+                rows.append(model.read(ids[:, begin:end], pictures, own))  # (1, l, D)
+                mx.eval(rows[-1], own.arrays)
+            self._score(rows, targets[begin:end])
+
+    def _score(self, rows: Sequence[mx.array], targets: NDArray[np.int64]) -> None:
+        places = np.flatnonzero(targets >= 0)
+        step = max(1, SLICE // self.size)
+        for start in range(0, len(places), step):
+            chosen = places[start : start + step]
+            logits = [
+                model.head(own[:, mx.array(chosen)])[0, :, : self.size]
+                for model, own in zip(self.models, rows, strict=True)
+            ]
+            scores = slice_scores(mx.array(targets[chosen]), *logits)
+            mx.eval(scores)
+            self.parts.append([np.array(values) for values in scores])
+            self.count += len(chosen)
+            self.tell(self.count)
+
+    def scores(self) -> Scores:
+        loss, *others = (np.concatenate(values) for values in zip(*self.parts, strict=True))
+        if not others:
+            return Scores(loss, None)
+        reference, divergence, agree, difference = others
+        return Scores(loss, Distance(reference, divergence, agree, float(difference.max())))
+
+
+def slice_scores(targets: mx.array, logits: mx.array, reference: mx.array | None = None) -> list[mx.array]:
+    """What is kept of R positions.
+
+    Args:
+        targets: (R,) the ids that came.
+        logits, reference: (R, V) float32; changed by neither.
+
+    Returns:
+        (R,) arrays: the model's loss, that is -log p(target), in nats; with a reference also its loss, the divergence
+        KL(reference || model), whether the likeliest token is the same, and the largest difference of a logit.
+    """
+    norm = mx.logsumexp(logits, axis=-1)
+    loss = norm - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    if reference is None:
+        return [loss]
+    reference_norm = mx.logsumexp(reference, axis=-1)
+    apart = reference - logits
+    # The probabilities add up to 1 only to within rounding, so the constant part of the difference goes first.
+    shift = reference_norm - norm
+    shares = mx.exp(reference - reference_norm[:, None])
+    divergence = mx.maximum((shares * (apart - shift[:, None])).sum(axis=-1), 0.0)  # below 0 by rounding only
+    return [
+        loss,
+        reference_norm - mx.take_along_axis(reference, targets[:, None], axis=-1)[:, 0],
+        divergence,
+        mx.argmax(logits, axis=-1) == mx.argmax(reference, axis=-1),
+        mx.abs(apart).max(axis=-1),
+    ]
+
+
+def perplexity(loss: NDArray[np.float32]) -> float:
+    """e to the mean loss."""
+    mean = float(loss.mean(dtype=np.float64))
+    return math.exp(mean) if mean < 700 else math.inf
