@@ -11,7 +11,6 @@ vocabulary can be compared.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -313,9 +312,3 @@ def slice_scores(targets: mx.array, logits: mx.array, reference: mx.array | None
         mx.argmax(logits, axis=-1) == mx.argmax(reference, axis=-1),
         mx.abs(apart).max(axis=-1),
     ]
-
-
-def perplexity(loss: NDArray[np.float32]) -> float:
-    """e to the mean loss."""
-    mean = float(loss.mean(dtype=np.float64))
-    return math.exp(mean) if mean < 700 else math.inf

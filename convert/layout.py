@@ -120,7 +120,7 @@ def _object(packing: Packing) -> dict[str, Any]:
 
 
 def _layer_pattern(config: Config) -> dict[str, Any]:
-    """`sliding_window_pattern` where it says which layers are global, else `layer_types`, which older programs ignore."""
+    """`sliding_window_pattern` where it says the layers, else `layer_types`, which older programs ignore."""
     layers = config.text.layer_types
     for pattern in range(1, len(layers) + 2):
         if all((kind == GLOBAL) == ((index + 1) % pattern == 0) for index, kind in enumerate(layers)):

@@ -203,7 +203,9 @@ def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
             kind = _UNKNOWN if piece == UNK else _CONTROL
         score = struct.pack("<f", 0.0 if kind else float(-rank))
         rank += not kind
-        parts.append(_bytes_field(1, _bytes_field(1, piece) + b"\x15" + score + (_number_field(3, kind) if kind else b"")))
+        parts.append(
+            _bytes_field(1, _bytes_field(1, piece) + b"\x15" + score + (_number_field(3, kind) if kind else b""))
+        )
     trainer = _number_field(3, 2) + _number_field(4, len(pieces)) + _number_field(35, 1)  # BPE, size, byte_fallback
     trainer += b"".join(_number_field(field, _id(vocabulary, name)) for field, name in names.items())
     trainer += b"".join(_bytes_field(field + 5, name) for field, name in names.items())  # unk_piece, bos_piece, …

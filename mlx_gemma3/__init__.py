@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import Gemma3Error
 
 if TYPE_CHECKING:
+    from . import convert
     from .checkpoint.load import load_model
     from .config import Config
     from .prompt import images
@@ -28,6 +29,7 @@ __all__ = [
     "Reply",
     "Stream",
     "Tokenizer",
+    "convert",
     "images",
     "load",
     "load_model",
@@ -50,8 +52,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "images":
-        return import_module(".prompt.images", __name__)
+    if name in ("convert", "images"):  # a package that is called, and a module
+        return import_module(".convert" if name == "convert" else ".prompt.images", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

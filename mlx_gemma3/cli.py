@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from .commands.convert import convert
 from .commands.generate import generate
 from .commands.terminal import leave
 from .errors import Gemma3Error
@@ -45,6 +46,7 @@ def _program(
 
 
 app.command()(generate)
+app.command()(convert)
 
 
 def main() -> None:
