@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from .errors import Gemma3Error
 
 if TYPE_CHECKING:
-    from . import convert
     from .checkpoint.load import load_model
     from .config import Config
+    from .convert import convert
     from .prompt import images
     from .prompt.processor import Processor, Prompt
     from .prompt.template import render_chat
     from .prompt.tokenizer import Tokenizer
-    from .runtime.engine import Engine, Reply, Stream, load
+    from .runtime.engine import Engine, Reply, Session, Stream, load
 
 __all__ = [
     "Config",
@@ -27,6 +27,7 @@ __all__ = [
     "Processor",
     "Prompt",
     "Reply",
+    "Session",
     "Stream",
     "Tokenizer",
     "convert",
@@ -43,6 +44,7 @@ _HOME = {
     "Processor": "prompt.processor",
     "Prompt": "prompt.processor",
     "Reply": "runtime.engine",
+    "Session": "runtime.engine",
     "Stream": "runtime.engine",
     "Tokenizer": "prompt.tokenizer",
     "load": "runtime.engine",

@@ -113,7 +113,7 @@ def test_raw_completes_text_also_on_a_chat_model(run: Run, chat_folder: Path, pi
 
 def test_pan_and_scan_shows_crops_too(run: Run, chat_folder: Path, tmp_path: Path) -> None:
     wide = tmp_path / "wide.png"
-    Image.new("RGB", (900, 300), "blue").save(wide)
+    Image.linear_gradient("L").rotate(90).resize((900, 300)).convert("RGB").save(wide)  # three different thirds
     done = run("generate", "-m", chat_folder, *GREEDY, "--json", "--pan-and-scan", "-i", wide, "what")
     usage = events(done)[-1]["usage"]
     assert (usage["images"], usage["images_encoded"]) == (1, 4)

@@ -103,7 +103,7 @@ def test_chunked_and_cached_is_whole_and_uncached(model: Gemma3, plan: str, chun
 def test_decoding_is_the_uncached_model_far_past_the_window_and_the_cache_steps(model: Gemma3) -> None:
     ids, spans = tokens_with_pictures("tItt")
     pixels, caches = random_pictures(1), model.make_caches()
-    logits = prefill(model, ids, caches, pixels=pixels, spans=spans)
+    logits = prefill(model, ids, caches, features=list(model.encode_images(pixels)), spans=spans)
     more = np.random.default_rng(1).integers(4, 58, 120).tolist()
     for count, token in enumerate(more):
         logits = model.step(mx.array([token]), caches)
@@ -117,12 +117,12 @@ def test_a_local_cache_has_a_fixed_size_and_a_global_one_grows_in_steps() -> Non
     sizes = set()
     for length in (1, 5, 30, 1, 1, 200, 1, 300, 7):
         block = mx.ones((1, 2, length, 4))
-        keys, _ = near.update_and_fetch(block, block)
+        (keys,), _ = near.update_and_fetch(block, block)
         assert keys.shape[2] <= 7 + length and keys.shape[2] >= min(near.offset, 7 + length if length > 1 else 8)
         far.update_and_fetch(block, block)
-        sizes.add(near.keys.shape[2])  # type: ignore[union-attr]
-    assert sizes == {near.capacity} and near.capacity == 15
-    assert far.offset == 546 and far.keys is not None and far.keys.shape[2] == 768
+        sizes.add(near.keys.parts[0].shape[2])
+    assert sizes == {near.capacity} and near.capacity == 23
+    assert far.offset == 546 and far.keys.parts[0].shape[2] == 768
 
 
 def test_a_batch_of_several_lengths_is_each_prompt_alone(model: Gemma3) -> None:
@@ -173,7 +173,7 @@ def test_image_rows_replace_text_rows_and_are_not_scaled(model: Gemma3) -> None:
     decoder = model.language_model
     model.language_model = Spy()
     try:
-        model.read([ids], pixels)
+        model.read([ids], model.encode_images(pixels))
     finally:
         model.language_model = decoder
     rows, text = seen["rows"][0], decoder.embed(mx.array([ids]))[0]

@@ -124,7 +124,8 @@ def test_the_generation_loop_writes_the_reference_tokens(models: dict[str, Gemma
     caches = model.make_caches()
     size = 4  # image tokens a picture
     spans = [(n, n + size) for start, stop in case.spans for n in range(start, stop, size)]
-    logits = prefill(model, case.tokens, caches, pixels=case.pixels, spans=spans, chunk=5)
+    features = [] if case.pixels is None else list(model.encode_images(case.pixels))
+    logits = prefill(model, case.tokens, caches, features=features, spans=spans, chunk=5)
     assert logits is not None
     steps = len(case.generated)
     written = list(decode(model, logits, caches, sampling=Sampling(temperature=0), max_tokens=steps))

@@ -16,7 +16,7 @@ from PIL import Image
 
 import mlx_gemma3 as g3
 from mlx_gemma3.errors import ClosedError, OptionError, PromptError, SourceNotFound
-from mlx_gemma3.runtime.session import StopStrings
+from mlx_gemma3.runtime.answer import StopStrings
 
 
 @pytest.fixture(scope="module")

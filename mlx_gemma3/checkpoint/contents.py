@@ -38,7 +38,10 @@ class Store(Protocol):
     Whoever goes through a checkpoint larger than memory reads rows, uses them and drops them.
     """
 
-    entries: Sequence[Entry]  # every parameter of the model, each once
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """Every parameter of the model, each once."""
+        ...
 
     def read(self, entry: Entry, start: int = 0, stop: int | None = None) -> dict[str, mx.array]:
         """Rows `start` to `stop` along the first axis, from the file, evaluated.

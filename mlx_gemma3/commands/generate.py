@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import PromptError
+from ..errors import OptionError, PromptError
 from .terminal import Status, leave
 
 if TYPE_CHECKING:
-    from ..runtime.engine import Stream
+    from ..runtime.options import OptionValues
+    from ..runtime.stream import Stream
 
 
 def generate(
@@ -59,7 +60,16 @@ def generate(
     pan_and_scan: Annotated[
         bool, typer.Option("--pan-and-scan", help="Show wide and tall pictures in crops too.")
     ] = False,
+    session: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the conversation in this file, and keep it there.", show_default=False),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    kv_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 16, 8 or 4.")] = 16,
+    max_context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and answer.", show_default="the model's")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Load even where memory will not do.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per event.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Counts and speeds, after the answer.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
@@ -72,28 +82,44 @@ def generate(
     if not images and isinstance(message, str) and not message:
         raise PromptError("prompt", got="nothing", want="words as an argument or on standard input")
 
+    if session is not None and raw:
+        raise OptionError("session", got="--raw as well", want="one or the other", do="completion has no turns")
+
     from ..runtime.engine import Engine
 
     status = Status(not quiet and not as_json)
     status.show(f"loading {model}")
-    with Engine(model, dtype=dtype, text_only=not images, quiet=quiet or as_json) as engine:
+    with Engine(
+        model,
+        dtype=dtype,
+        text_only=not images and session is None,
+        kv_bits=kv_bits,
+        max_context=max_context,
+        force=force,
+        quiet=quiet or as_json,
+    ) as engine:
         status.clear()
-        stream = engine.stream(
-            message,
-            images=images,
-            system=system,
-            raw=raw or None,
-            pan_and_scan=pan_and_scan,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop or [],
-        )
+        options: OptionValues = {
+            "pan_and_scan": pan_and_scan,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop": stop or [],
+        }
+        if session is None:
+            options |= {"system": system, "raw": raw or None}
+            stream = engine.stream(message, images=images, **options)
+        else:
+            resume = session if session.exists() else None
+            talk = engine.session(system=system, resume=resume)
+            stream = talk.send(message if isinstance(message, str) else message[0]["content"], images=images, **options)
         interrupted = _print(stream, status, as_json=as_json)
+        if session is not None:
+            talk.save(session)
         if stats and (end := stream.next())["kind"] == "done":
             typer.echo(_stats(end["usage"]), err=True)
     if interrupted:
@@ -190,7 +216,8 @@ def _stats(usage: dict[str, Any]) -> str:
     after_first = usage["answer_seconds"] - (usage["first_token_seconds"] - usage["prompt_seconds"])
     return " · ".join(
         [
-            f"prompt {usage['prompt_tokens']} tokens, {speed(usage['prompt_tokens'], usage['prompt_seconds'])}",
+            f"prompt {usage['prompt_tokens']} tokens, {usage['cached_tokens']} of them known, "
+            + speed(usage["processed_tokens"], usage["prompt_seconds"]),
             *([f"{usage['images']} pictures"] if usage["images"] else []),
             f"answer {answered} tokens, {speed(answered - 1, after_first)}",
             f"first token after {usage['prepare_seconds'] + usage['first_token_seconds']:.2f} s",

@@ -16,12 +16,32 @@ from ..model.cache import Caches
 from ..model.gemma3 import Gemma3
 from .sampling import Sampling, penalise, sample
 
+SCORE_BYTES = 1 << 30
 Progress = Callable[[int, int], None]  # tokens read, tokens in all
 
 
-def default_chunk(model: Gemma3) -> int:
-    """Tokens read at once. Metal has no fused prefill attention for heads of 256, so the scores are real memory."""
-    return 512 if model.config.text.head_dim > 128 else 2048
+def chunk_size(model: Gemma3, keys: int) -> int:
+    """Tokens to read at once when there are `keys` tokens in all.
+
+    Where attention is not fused (Metal has no fused prefill for heads of 256) the scores are real memory, heads * chunk
+    * keys numbers: at most SCORE_BYTES of them, whatever the context.
+    """
+    text = model.config.text
+    if text.head_dim <= 128:
+        return 2048
+    row = text.num_attention_heads * keys * model.language_model.norm.weight.dtype.size
+    return max(32, min(512, SCORE_BYTES // row // 32 * 32))
+
+
+def image_runs(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Blocks as attention sees them: spans that touch are one."""
+    runs: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], stop)
+        else:
+            runs.append((start, stop))
+    return runs
 
 
 def prefill_chunks(length: int, spans: Sequence[tuple[int, int]], chunk: int) -> list[tuple[int, int]]:
@@ -40,12 +60,7 @@ def prefill_chunks(length: int, spans: Sequence[tuple[int, int]], chunk: int) ->
     """
     if chunk < 1:
         raise OptionError("prefill chunk", got=chunk, want=">= 1")
-    blocks: list[tuple[int, int]] = []
-    for start, stop in spans:
-        if blocks and blocks[-1][1] == start:
-            blocks[-1] = (blocks[-1][0], stop)
-        else:
-            blocks.append((start, stop))
+    blocks = image_runs(spans)
     pieces, begin = [], 0
     while begin < length:
         end = min(begin + chunk, length)
@@ -62,7 +77,7 @@ def prefill(
     tokens: Sequence[int],
     caches: Caches,
     *,
-    pixels: np.ndarray | None = None,
+    features: Sequence[mx.array] = (),
     spans: Sequence[tuple[int, int]] = (),
     chunk: int | None = None,
     progress: Progress | None = None,
@@ -72,9 +87,9 @@ def prefill(
 
     Args:
         tokens: the ids that follow what the caches hold.
-        pixels: (N, S, S, 3) float32, the pictures of `spans`, in order.
+        features: (T, D) from `encode_images` for each of `spans`, in order.
         spans: half-open ranges of the image tokens of each picture within `tokens`.
-        chunk: tokens at once; None for `default_chunk`.
+        chunk: tokens at once; None for `chunk_size`.
         progress: called with (read, total) before the first chunk and after each.
         cancelled: asked between chunks.
 
@@ -95,17 +110,15 @@ def prefill(
     logits = None
     if progress is not None:
         progress(0, len(tokens))
-    for begin, end in prefill_chunks(len(tokens), spans, chunk or default_chunk(model)):
+    for begin, end in prefill_chunks(len(tokens), spans, chunk or chunk_size(model, caches.offset + len(tokens))):
         if cancelled():
             return None
-        inside = [n for n, (start, stop) in enumerate(spans) if begin <= start and stop <= end]
-        pictures = pixels[inside] if pixels is not None and inside else None
-        if end < len(tokens):
-            model.read(ids[:, begin:end], pictures, caches)
-            mx.eval(caches.arrays)
-        else:
-            logits = model(ids[:, begin:end], pictures, caches, last_only=True)[:, -1]
-            mx.eval(logits, caches.arrays)
+        inside = [rows for rows, (start, stop) in zip(features, spans, strict=True) if begin <= start and stop <= end]
+        hidden = model.read(ids[:, begin:end], mx.stack(inside) if inside else None, caches)
+        if end == len(tokens):
+            logits = model.head(hidden[:, -1:])[:, -1]
+            mx.eval(logits)
+        mx.eval(caches.arrays)
         if progress is not None:
             progress(end, len(tokens))
     return logits

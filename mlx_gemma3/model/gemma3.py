@@ -37,13 +37,20 @@ class Gemma3(nn.Module):
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config, config.vision)
 
-    def make_caches(self, *, padding: Sequence[int] | None = None) -> Caches:
+    def make_caches(
+        self, *, padding: Sequence[int] | None = None, kv_bits: int = 16, local_kv_bits: int = 16
+    ) -> Caches:
         """Empty caches for one run over a batch.
 
         Args:
             padding: leading pad tokens of each row, for prompts of several lengths; None for none.
+            kv_bits: how global layers store keys and values: 16 (the activations' own dtype), 8 or 4.
+            local_kv_bits: the same for local layers, whose caches are small anyway.
+
+        Raises:
+            OptionError: other bits, or a head_dim that cannot be packed.
         """
-        return Caches(self.config, padding)
+        return Caches(self.config, padding=padding, kv_bits=kv_bits, local_kv_bits=local_kv_bits)
 
     def __call__(
         self,
@@ -73,25 +80,31 @@ class Gemma3(nn.Module):
             PromptError: image tokens and pictures do not match, a block is cut by the call's end, or an id is not
                 in the vocabulary.
         """
-        hidden = self.read(tokens, pixels, caches, padding=padding)
+        count = len(pixels) if pixels is not None else 0
+        self._check_pixels(pixels)
+        hidden = self.read(tokens, self.encode_images(pixels) if count else None, caches, padding=padding)
         return self.head(hidden[:, -1:] if last_only else hidden)
 
     def read(
         self,
         tokens: mx.array | np.ndarray | Sequence[Sequence[int]],
-        pixels: mx.array | np.ndarray | None = None,
+        features: mx.array | None = None,
         caches: Caches | None = None,
         *,
         padding: Sequence[int] | None = None,
     ) -> mx.array:
-        """As a call, without the head: (B, L, D) normed rows. What a prefill chunk before the last one needs."""
+        """As a call, without the head: (B, L, D) normed rows. What a prefill chunk before the last one needs.
+
+        Args:
+            features: (N, T, D) from `encode_images`, the pictures of these tokens; None without pictures.
+        """
         ids = np.asarray(tokens)
         if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
             raise PromptError("tokens", got=f"{ids.dtype} of shape {ids.shape}", want="integers (B, L), L >= 1")
-        blocks = self._image_blocks(ids, pixels, caches)
+        blocks = self._image_blocks(ids, 0 if features is None else features.shape[0], caches)
         rows = self.language_model.embed(mx.array(ids.astype(np.int32)))
-        if pixels is not None:
-            rows = _replace_rows(rows, self.encode_images(pixels), ids == self.config.image_token_id)
+        if features is not None and blocks is not None:
+            rows = _replace_rows(rows, features, ids == self.config.image_token_id)
         return self.language_model(
             rows,
             caches=caches,
@@ -123,9 +136,16 @@ class Gemma3(nn.Module):
         rows = [self.multi_modal_projector(self.vision_tower(pixels[n : n + 1])) for n in range(pixels.shape[0])]
         return mx.concatenate(rows)
 
-    def _image_blocks(
-        self, ids: np.ndarray, pixels: mx.array | np.ndarray | None, caches: Caches | None
-    ) -> np.ndarray | None:
+    def _check_pixels(self, pixels: mx.array | np.ndarray | None) -> None:
+        if pixels is None:
+            return
+        if self.config.vision is None:
+            raise PromptError("pictures", got=len(pixels), want="none", do="this checkpoint is text-only")
+        size = self.config.vision.image_size
+        if tuple(pixels.shape[1:]) != (size, size, 3):
+            raise PromptError("pixels", got=tuple(pixels.shape), want=f"(N, {size}, {size}, 3)")
+
+    def _image_blocks(self, ids: np.ndarray, count: int, caches: Caches | None) -> np.ndarray | None:
         """Number the image blocks of each row: (B, L) int32, 0 for text; None when there is no image token.
 
         A block is a maximal run of image tokens (modeling_gemma3.py:686-694). Refuses what cannot be computed
@@ -136,14 +156,9 @@ class Gemma3(nn.Module):
             wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
             raise PromptError("token id", got=wrong, want=f"0 to {config.text.vocab_size - 1}")
         if config.vision is None:
-            if pixels is not None:
-                raise PromptError("pictures", got=len(pixels), want="none", do="this checkpoint is text-only")
             return None
-        size, per_image = config.vision.image_size, config.mm_tokens_per_image
-        if pixels is not None and tuple(pixels.shape[1:]) != (size, size, 3):
-            raise PromptError("pixels", got=tuple(pixels.shape), want=f"(N, {size}, {size}, 3)")
+        per_image = config.mm_tokens_per_image
         image = ids == config.image_token_id
-        count = len(pixels) if pixels is not None else 0
         if image.sum() != count * per_image:
             raise PromptError(
                 "image tokens",

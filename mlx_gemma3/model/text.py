@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextConfig
+from .attention import attend
 from .cache import Caches, GlobalCache, WindowCache
 from .layers import Embedding, Linear, RMSNorm, gelu_tanh, rope
 from .masks import attention_mask
@@ -43,10 +44,10 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
         q = rope(self.q_norm(q), theta=self.theta, scale=self.rope_scale, offset=context.positions)
         k = rope(self.k_norm(k), theta=self.theta, scale=self.rope_scale, offset=context.positions)
-        if cache is not None:
-            k, v = cache.update_and_fetch(k, v)  # (B, K, S, D)
-        mask = context.mask(k.shape[2], self.window)
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)  # (B, H, L, D)
+        keys, values = ((k,), (v,)) if cache is None else cache.update_and_fetch(k, v)  # S rows
+        mask = context.mask(keys[0].shape[2], self.window)
+        bits = 16 if cache is None else cache.keys.bits
+        out = attend(q, keys, values, scale=self.scale, mask=mask, bits=bits)  # (B, H, L, D)
         batch, _, length, _ = out.shape
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 

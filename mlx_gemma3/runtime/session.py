@@ -1,144 +1,97 @@
-"""One timeline of tokens: a prompt is read into its caches, an answer comes out as pieces of text.
+"""A conversation: turns said one after another, on a timeline of its own.
 
-Owns the caches, the streaming of text, stop strings and the accounts (`usage`). Runs in the engine's thread and knows
-nothing of threads.
+The model's replies are kept as the ids it produced, not encoded again from their text, and each turn is prepared once.
+Runs in the engine's thread; `engine.Session` is the handle that callers hold.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
-from ..generation.loop import decode, prefill
-from ..generation.sampling import Sampling
-from ..model.gemma3 import Gemma3
-from ..prompt.processor import Prompt
-from ..prompt.tokenizer import Tokenizer
-
-Event = dict[str, Any]  # plain types only: it crosses into Swift
+from ..errors import PromptError
+from ..prompt.processor import Processor, Prompt
+from ..prompt.vocabulary import END_OF_TURN
+from .timeline import Timeline, Tokens, digest
 
 
-class Session:
-    """Reads one prompt and writes one answer.
+@dataclass
+class Exchange:
+    """One turn of the user's and the model's answer to it."""
 
-    Args:
-        eos_ids: tokens that end an answer.
-    """
+    text: str  # what the user said
+    images: int
+    asked: Tokens  # from the border of the turn before to the model's own turn
+    said: Tokens | None = None  # None while there is no answer
+    reply: str = ""
 
-    def __init__(self, model: Gemma3, tokenizer: Tokenizer, eos_ids: frozenset[int]) -> None:
-        self.model, self.tokenizer, self.eos_ids = model, tokenizer, eos_ids
-        self.caches = model.make_caches()
 
-    def answer(
-        self,
-        prompt: Prompt,
-        *,
-        sampling: Sampling,
-        max_tokens: int,
-        stop: Sequence[str] = (),
-        progress: Callable[[int, int], None],
-        cancelled: Callable[[], bool],
-    ) -> Iterator[Event]:
-        """Yield `text` events and in the end one `done` event.
+@dataclass
+class Conversation:
+    """What was said so far."""
 
-        text: {"kind": "text", "text": str, "tokens": the ids behind it}. Never half a character; text that could be
-        the start of a stop string is held back until it cannot be.
-        done: {"kind": "done", "finish_reason": "stop" | "length" | "cancelled", "tokens": the ids since the last text
-        event, "usage": {…}}. The ids include the one that ended the answer.
+    timeline: Timeline
+    system: str | None = None
+    exchanges: list[Exchange] = field(default_factory=list)
+    features: dict[str, mx.array] = field(default_factory=dict)  # (T, D) rows of its pictures by digest
+
+    def ask(
+        self, said: str | Sequence[dict[str, Any]], images: Sequence[Any], processor: Processor, *, pan_and_scan: bool
+    ) -> Prompt:
+        """Add a turn of the user's: words, or content items with the places of its pictures.
+
+        Returns what was prepared for it; its pixels are those of its own pictures.
         """
-        began = time.perf_counter()
-        mx.reset_peak_memory()
-        logits = prefill(
-            self.model,
-            prompt.tokens,
-            self.caches,
-            pixels=prompt.pixels,
-            spans=prompt.spans,
-            progress=progress,
-            cancelled=cancelled,
-        )
-        read = first = time.perf_counter()
-        count, reason, waiting = 0, "length", []
-        if logits is None:
-            reason = "cancelled"
-        else:
-            text = self.tokenizer.stream(skip_special=True)
-            stopper = StopStrings(stop)
-            steps = decode(
-                self.model, logits, self.caches, prompt=prompt.tokens, sampling=sampling, max_tokens=max_tokens
-            )
-            with closing(steps):
-                for token in steps:
-                    count += 1
-                    if count == 1:
-                        first = time.perf_counter()
-                    waiting.append(token)
-                    if token in self.eos_ids:
-                        reason = "stop"
-                        break
-                    if piece := stopper.push(text.push(token)):
-                        yield {"kind": "text", "text": piece, "tokens": waiting}
-                        waiting = []
-                    if stopper.found:
-                        reason = "stop"
-                        break
-                    if cancelled():
-                        reason = "cancelled"
-                        break
-            if rest := stopper.push(text.finish()) + stopper.finish():
-                yield {"kind": "text", "text": rest, "tokens": waiting}
-                waiting = []
-            reason = "stop" if stopper.found else reason
-        pictures = len(prompt.spans)
-        usage = {
-            "prompt_tokens": len(prompt.tokens),
-            "cached_tokens": 0,
-            "completion_tokens": count,
-            "images": prompt.image_count,
-            "images_encoded": pictures if logits is not None else 0,
-            "prompt_seconds": read - began,
-            "first_token_seconds": first - began,
-            "answer_seconds": time.perf_counter() - read,
-            "peak_memory_bytes": mx.get_peak_memory(),
-        }
-        yield {"kind": "done", "finish_reason": reason, "tokens": waiting, "usage": usage}
+        words = [{"type": "text", "text": said}] if isinstance(said, str) else list(said)
+        content = [*({"type": "image"} for _ in images), *words] if isinstance(said, str) else words
+        text = "".join(str(item.get("text", "")) for item in words)
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if self.system is not None and not self.exchanges:
+            messages.insert(0, {"role": "system", "content": self.system})
+        prepared = processor.prepare(messages, images, pan_and_scan=pan_and_scan, special=False)
+        pixels = prepared.pixels if prepared.pixels is not None else ()
+        asked = Tokens(tuple(prepared.tokens), tuple(prepared.spans), tuple(map(digest, pixels)))
+        if self.exchanges:  # the turn before ends with a newline, and <bos> was said once
+            newline = processor.tokenizer.encode("\n")
+            moved = tuple((start - 1, stop - 1) for start, stop in asked.spans)
+            asked = Tokens(tuple(newline)) + Tokens(asked.ids[1:], moved, asked.digests)
+        self.exchanges.append(Exchange(text, prepared.image_count, asked))
+        return prepared
 
+    def prompt(self, processor: Processor) -> Tokens:
+        """Everything up to the model's turn that comes next."""
+        end = processor.tokenizer.id(END_OF_TURN)
+        tokens = Tokens(())
+        for exchange in self.exchanges:
+            tokens += exchange.asked
+            if exchange.said is not None:
+                tokens += exchange.said
+                if exchange.said.ids[-1:] != (end,):
+                    tokens += Tokens((end,))
+        return tokens
 
-class StopStrings:
-    """Lets text through until one of some strings appears, wherever the borders between pieces fall.
+    def answered(self, ids: Sequence[int], text: str, eos_ids: frozenset[int], end_of_turn: int) -> None:
+        """Keep the answer to the last turn. An end id other than <end_of_turn> is not part of the conversation."""
+        kept = tuple(ids)
+        if kept and kept[-1] in eos_ids and kept[-1] != end_of_turn:
+            kept = kept[:-1]
+        self.exchanges[-1].said, self.exchanges[-1].reply = Tokens(kept), text
 
-    `found` turns true when one did; what stood before it was let through, it and what follows are dropped.
-    """
+    def withdraw(self) -> None:
+        """Forget the last exchange. Raises PromptError when there is none."""
+        if not self.exchanges:
+            raise PromptError("conversation", got="no turn yet", want="one to go back to")
+        self.exchanges.pop()
 
-    def __init__(self, strings: Sequence[str]) -> None:
-        self.strings = tuple(strings)
-        self.found = False
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """Take more text; return what can no longer be part of a stop string."""
-        if self.found or not self.strings:
-            return "" if self.found else text
-        self._held += text
-        places = [place for string in self.strings if (place := self._held.find(string)) >= 0]
-        if places:
-            self.found = True
-            out, self._held = self._held[: min(places)], ""
-            return out
-        keep = max(_overlap(self._held, string) for string in self.strings)
-        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+    def messages(self) -> list[dict[str, Any]]:
+        """As plain messages; a picture is an item of type image."""
+        out: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for exchange in self.exchanges:
+            pictures = [{"type": "image"} for _ in range(exchange.images)]
+            out.append({"role": "user", "content": [*pictures, {"type": "text", "text": exchange.text}]})
+            if exchange.said is not None:
+                out.append({"role": "assistant", "content": exchange.reply})
         return out
-
-    def finish(self) -> str:
-        """The text ended: return what was held back."""
-        out, self._held = self._held, ""
-        return out
-
-
-def _overlap(text: str, string: str) -> int:
-    """Length of the longest end of `text` that `string` starts with, short of the whole string."""
-    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
