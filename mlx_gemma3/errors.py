@@ -13,6 +13,7 @@
     │   └── ContextError       "context"       more tokens than the model has positions
     ├── ImageError             "image"         a picture that cannot be read
     ├── OptionError            "option"        a setting out of its range
+    ├── MemoryNeedError        "memory"        more memory than this machine has
     ├── SessionError           "session"       a saved conversation that cannot be gone on with
     ├── OutputError            "output"        a place that cannot be written: in use, full, not allowed
     └── ClosedError            "closed"        the engine or stream was closed
@@ -91,6 +92,10 @@ class ImageError(Gemma3Error):
 
 class OptionError(Gemma3Error):
     code = "option"
+
+
+class MemoryNeedError(Gemma3Error):
+    code = "memory"
 
 
 class SessionError(Gemma3Error):

@@ -132,6 +132,21 @@ def test_what_a_session_cannot_do_is_refused(engine: g3.Engine, text_folder: Pat
             g3.load(text_folder, **settings)  # type: ignore[arg-type]
 
 
+def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
+    text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_gemma3.checkpoint.memory import Machine
+    from mlx_gemma3.errors import MemoryNeedError
+
+    small = Machine("a toaster", 300 << 20, 264 << 20, "a test", metal=False)
+    monkeypatch.setattr("mlx_gemma3.runtime.fitting.this_machine", lambda: small)
+    with pytest.raises(MemoryNeedError, match=r"at 1024 tokens.*--max-context.*--force") as caught:
+        g3.load(text_folder)
+    assert "\n" not in str(caught.value) and caught.value.code == "memory"
+    with g3.load(text_folder, force=True) as engine:
+        assert engine.generate("the", max_tokens=1).tokens
+
+
 def test_max_context_ends_an_answer(chat_folder: Path) -> None:
     with g3.load(chat_folder, max_context=30) as engine:
         count = engine.generate("the", **OPTIONS).usage["prompt_tokens"]

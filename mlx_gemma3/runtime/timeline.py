@@ -111,6 +111,11 @@ class Timeline:
         self.tokens = Tokens(())  # may run ahead of the caches by the last token written
         self.logits: mx.array | None = None  # after the last token in the caches, when known
 
+    @property
+    def nbytes(self) -> int:
+        """Of the caches and the snapshots."""
+        return self.caches.nbytes + sum(snapshot.nbytes for snapshot in self.caches.snapshots)
+
     def reusable(self, prompt: Tokens) -> int:
         """How many tokens of a prompt need not be processed again."""
         return self.caches.reach(min(self.tokens.shared(prompt), self.caches.offset))

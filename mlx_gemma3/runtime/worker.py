@@ -14,18 +14,20 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from ..checkpoint.load import load_model, open_checkpoint
+from ..checkpoint.memory import this_machine
 from ..checkpoint.source import resolve
 from ..errors import ClosedError, Gemma3Error, OptionError, PromptError
 from ..prompt.processor import Processor, Prompt
 from ..prompt.vocabulary import END_OF_TURN
 from .answer import answer
+from .fitting import check_memory
 from .options import Options
 from .session import Conversation
 from .stream import Request
 from .timeline import FeatureCache, Timeline, Tokens, digest
 
 T = TypeVar("T")
-TIMELINES = 4  # recent prompts without a session whose caches are kept
+TIMELINES = 4  # recent prompts without a session whose caches are kept, in at most a quarter of the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,16 @@ class Host:
         resolved = resolve(source, text_only=text_only, quiet=options.quiet)
         self.checkpoint = open_checkpoint(resolved, text_only=text_only)
         self.options = options
+        if not options.force:
+            check_memory(
+                self.checkpoint,
+                dtype=options.dtype,
+                kv_bits=options.kv_bits,
+                local_kv_bits=options.local_kv_bits,
+                max_context=options.max_context,
+            )
         self.model = load_model(self.checkpoint, dtype=options.dtype, text_only=text_only)
+        self.budget = this_machine().budget  # bytes
         self.new_timeline()  # refuses bits that do not fit before the weights are read
         mx.eval(self.model.parameters())
         self.tokenizer = self.checkpoint.tokenizer()
@@ -150,7 +161,7 @@ class Host:
 
     def new_timeline(self) -> Timeline:
         caches = self.model.make_caches(kv_bits=self.options.kv_bits, local_kv_bits=self.options.local_kv_bits)
-        return Timeline(self.model, caches)
+        return Timeline(self.model, caches, snapshot_bytes=self.budget // 16)
 
     def new_conversation(self, system: str | None) -> Conversation:
         if not self.checkpoint.instruct:
@@ -231,9 +242,10 @@ class Host:
                 best = None
         if best is None:
             best = self.new_timeline()
-            del self.timelines[: max(0, len(self.timelines) - TIMELINES + 1)]
         else:
             self.timelines.remove(best)
+        while len(self.timelines) >= TIMELINES or sum(held.nbytes for held in self.timelines) > self.budget // 4:
+            self.timelines.pop(0)
         self.timelines.append(best)
         return best
 

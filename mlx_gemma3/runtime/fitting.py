@@ -1,0 +1,74 @@
+"""Whether a model will fit into this machine's memory, asked before its weights are read."""
+
+from __future__ import annotations
+
+from ..checkpoint.load import Checkpoint
+from ..checkpoint.memory import GIB, WEIGHT_BITS, estimate, largest_context, loaded_bytes, planned_bytes, this_machine
+from ..checkpoint.store import open_store
+from ..errors import MemoryNeedError
+
+_USUAL_CONTEXT = 4096  # what must fit when nobody says how long it will be
+
+
+def check_memory(
+    checkpoint: Checkpoint, *, dtype: str, kv_bits: int, local_kv_bits: int, max_context: int | None
+) -> None:
+    """Refuse a model that needs more memory than there is, and say what would fit.
+
+    Raises:
+        MemoryNeedError: with the arithmetic, and other bits, cache bits or a context that fit.
+    """
+    machine = this_machine()
+    size = _file_bytes(checkpoint)
+    if 8 * size + GIB < machine.budget and max_context is None:
+        return  # far from the border: 4 bits would have to become 32 to reach it
+    dtype_bytes = {"float32": 4, "bfloat16": 2}.get(dtype, machine.dtype_bytes)
+    config = checkpoint.config
+    weights = loaded_bytes(open_store(checkpoint).entries, dtype_bytes=dtype_bytes)
+    limit = config.text.max_position_embeddings
+    context = min(max_context or _USUAL_CONTEXT, limit)
+    need = estimate(
+        config,
+        weights,
+        context=context,
+        kv_bits=kv_bits,
+        local_kv_bits=local_kv_bits,
+        dtype_bytes=dtype_bytes,
+        fused=machine.metal,
+    )
+    if need.total <= machine.budget:
+        return
+    would = []
+    for bits in (8, 4):
+        if bits < kv_bits and config.text.head_dim % 64 == 0:
+            smaller = estimate(
+                config, weights, context=context, kv_bits=bits, dtype_bytes=dtype_bytes, fused=machine.metal
+            )
+            if smaller.total <= machine.budget:
+                would.append(f"--kv-bits {bits}")
+                break
+    longest = largest_context(
+        config, weights, machine.budget, kv_bits=kv_bits, dtype_bytes=dtype_bytes, fused=machine.metal
+    )
+    if 256 <= longest < context:
+        would.append(f"--max-context {longest}")
+    fitting = [bits for bits in WEIGHT_BITS if planned_bytes(config, bits, dtype_bytes=dtype_bytes) < weights]
+    for bits in fitting:
+        packed = planned_bytes(config, bits, dtype_bytes=dtype_bytes)
+        total = estimate(config, packed, context=context, kv_bits=kv_bits, dtype_bytes=dtype_bytes, fused=machine.metal)
+        if bits < 16 and total.total <= machine.budget:
+            would.append(f"the same converted with --bits {bits}")
+            break
+    raise MemoryNeedError(
+        f"{checkpoint.name} at {context} tokens",
+        got=f"a need of {need.total / GIB:.1f} GiB (weights {need.weights / GIB:.1f}, caches {need.kv / GIB:.1f}, "
+        f"work {(need.total - need.weights - need.kv) / GIB:.1f})",
+        want=f"at most {machine.budget / GIB:.1f} GiB, what this machine has for it",
+        do=("would fit: " + ", or ".join(would) if would else "take a smaller model") + "; --force tries all the same",
+    )
+
+
+def _file_bytes(checkpoint: Checkpoint) -> int:
+    if checkpoint.gguf is not None:
+        return sum(header.path.stat().st_size for header in checkpoint.gguf if header is not None)
+    return sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))
