@@ -1,7 +1,7 @@
 # What CI runs: make check test bench docs. The environment is made once, by the first target that needs it.
 PYTHON ?= .venv/bin/python
 
-.PHONY: check test test-slow bench docs goldens
+.PHONY: check test test-slow bench docs goldens demo-accuracy
 
 $(PYTHON):
 	python3 -m venv .venv
@@ -29,3 +29,8 @@ docs: $(PYTHON)
 goldens: $(PYTHON)
 	$(PYTHON) tests/reference/make_model_goldens.py
 	$(PYTHON) tests/reference/make_image_goldens.py
+
+# The table of docs/demo.md, on 500 fresh pictures (another SEED, other pictures)
+SEED ?= 2026
+demo-accuracy: $(PYTHON)
+	$(PYTHON) -m examples.demo_model.accuracy --seed $(SEED) --count 500 --blind

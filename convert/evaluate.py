@@ -12,10 +12,9 @@ vocabulary can be compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -24,17 +23,22 @@ from numpy.typing import NDArray
 from mlx_gemma3.checkpoint.load import Checkpoint, load_model, open_checkpoint
 from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.errors import OptionError, PromptError, TokenizerError
-from mlx_gemma3.generation.loop import decode, default_chunk, prefill, prefill_chunks
-from mlx_gemma3.generation.sampling import Sampling
+from mlx_gemma3.generation.loop import prefill_chunks
 from mlx_gemma3.model.gemma3 import Gemma3
-from mlx_gemma3.prompt.processor import Picture, Processor, Prompt
+from mlx_gemma3.prompt.processor import Processor, Prompt
 from mlx_gemma3.prompt.tokenizer import Tokenizer
 from mlx_gemma3.prompt.vocabulary import START_OF_IMAGE
 
 from .scores import Distance, Evaluation, Scores
 
+if TYPE_CHECKING:
+    from mlx_gemma3.prompt.processor import Picture
+
+__all__ = ["Evaluation", "Opened", "evaluate", "open_model", "read_text"]
+
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much (0, 0: not counted)
 
+CHUNK = 512  # tokens read at once: attention's scores over a whole window would be real memory
 SLICE = 1 << 24  # logits of one model at once: 64 tokens of Gemma 3's vocabulary, 64 MiB
 MIN_TOKENS = 16  # fewer say nothing
 ANSWER_TOKENS = 32  # of the reference's greedy answer about each picture
@@ -212,16 +216,15 @@ def _picture_prompt(subject: Opened, picture: Picture) -> Prompt:
 
 def _greedy(subject: Opened, prompt: Prompt) -> list[int]:
     """The greedy answer, the token that ends it included."""
-    caches = subject.model.make_caches()
-    logits = prefill(subject.model, prompt.tokens, caches, pixels=prompt.pixels, spans=prompt.spans)
-    assert logits is not None
-    answer: list[int] = []
-    steps = decode(subject.model, logits, caches, sampling=Sampling(temperature=0), max_tokens=ANSWER_TOKENS)
-    with closing(steps):
-        for token in steps:
-            answer.append(token)
-            if token in subject.model.config.eos_token_ids:
-                break
+    model, answer = subject.model, list[int]()
+    caches = model.make_caches()
+    logits = model(np.array([prompt.tokens]), prompt.pixels, caches, last_only=True)[:, -1]
+    while len(answer) < ANSWER_TOKENS:
+        token = mx.argmax(logits, axis=-1).astype(mx.int32)
+        answer.append(int(np.asarray(token)[0]))
+        if answer[-1] in model.config.eos_token_ids:
+            break
+        logits = model.step(token, caches)
     return answer
 
 
@@ -252,11 +255,12 @@ class _Tally:
         """
         ids = np.array([tokens], dtype=np.int32)
         caches = [model.make_caches() for model in self.models]
-        for begin, end in prefill_chunks(len(tokens), spans, min(map(default_chunk, self.models))):
+        features = [model.encode_images(pixels) if pixels is not None else None for model in self.models]  # (N, T, D)
+        for begin, end in prefill_chunks(len(tokens), spans, CHUNK):
             inside = [n for n, (start, stop) in enumerate(spans) if begin <= start and stop <= end]
-            pictures = pixels[inside] if pixels is not None and inside else None
             rows = []
-            for model, own in zip(self.models, caches, strict=True):
+            for model, own, seen in zip(self.models, caches, features, strict=True):
+                pictures = seen[mx.array(inside)] if seen is not None and inside else None
                 rows.append(model.read(ids[:, begin:end], pictures, own))  # (1, l, D)
                 mx.eval(rows[-1], own.arrays)
             self._score(rows, targets[begin:end])
@@ -295,20 +299,38 @@ def slice_scores(targets: mx.array, logits: mx.array, reference: mx.array | None
         (R,) arrays: the model's loss, that is -log p(target), in nats; with a reference also its loss, the divergence
         KL(reference || model), whether the likeliest token is the same, and the largest difference of a logit.
     """
-    norm = mx.logsumexp(logits, axis=-1)
-    loss = norm - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    largest, _, total = _powers(logits)
+    loss = mx.log(total) + largest - _at(logits, targets)
     if reference is None:
         return [loss]
-    reference_norm = mx.logsumexp(reference, axis=-1)
+    reference_largest, reference_powers, reference_total = _powers(reference)
     apart = reference - logits
-    # The probabilities add up to 1 only to within rounding, so the constant part of the difference goes first.
-    shift = reference_norm - norm
-    shares = mx.exp(reference - reference_norm[:, None])
-    divergence = mx.maximum((shares * (apart - shift[:, None])).sum(axis=-1), 0.0)  # below 0 by rounding only
+    # Of close distributions this is exact to 1e-7; the difference of the two logarithms would not be.
+    shift = mx.log(reference_total / total) + (reference_largest - largest)
+    divergence = _sum(reference_powers * (apart - shift[:, None])) / reference_total
     return [
         loss,
-        reference_norm - mx.take_along_axis(reference, targets[:, None], axis=-1)[:, 0],
-        divergence,
+        mx.log(reference_total) + reference_largest - _at(reference, targets),
+        mx.maximum(divergence, 0.0),  # below 0 by rounding only
         mx.argmax(logits, axis=-1) == mx.argmax(reference, axis=-1),
         mx.abs(apart).max(axis=-1),
     ]
+
+
+def _powers(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """(R, V) → the largest of each row (R,), e to what each is below that (R, V), and the sum of these (R,)."""
+    largest = logits.max(axis=-1)
+    powers = mx.exp(logits - largest[:, None])
+    return largest, powers, _sum(powers)
+
+
+def _sum(x: mx.array) -> mx.array:
+    """(R, V) → (R,), in two steps: one long float32 sum over a vocabulary is off by 1e-5, as much as 8 bits are."""
+    rows, size = x.shape
+    blocks = size // 512
+    return x[:, : blocks * 512].reshape(rows, blocks, 512).sum(axis=-1).sum(axis=-1) + x[:, blocks * 512 :].sum(axis=-1)
+
+
+def _at(logits: mx.array, ids: mx.array) -> mx.array:
+    """(R, V) and (R,) → (R,): of each row the entry of its id."""
+    return mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]

@@ -30,6 +30,7 @@ def check_plot(path: Path) -> None:
 
     Raises:
         OptionError: not a .png or .svg, or no matplotlib.
+        OutputError: its folder is not there.
     """
     if path.suffix.lower() not in FORMATS:
         raise OptionError("plot", got=repr(path.name), want="a file name that ends in .png or .svg")

@@ -1,12 +1,12 @@
-"""What stands in a checkpoint folder beside config.json and the weights: the vocabulary, the chat template, the settings
-of generation and of pictures.
+"""What stands beside config.json and the weights: vocabulary, chat template, settings of generation and of pictures.
 
 Files that the source has are copied as they are. What it lacks is made here: for a GGUF file everything, for a folder
-the tokenizer.json that MLX programs and transformers open (the Hub's download takes tokenizer.model alone). Owns how
-Google's own tokenizer files say what a Vocabulary holds. Knows nothing of weights.
+the tokenizer.json that MLX programs and transformers open (our download from the Hub takes tokenizer.model alone).
+Owns how Google's own tokenizer files say what a Vocabulary holds. Knows nothing of weights.
 
-Sources: the files published with Gemma 3; sentencepiece_model.proto of SentencePiece; the merges in the order of
-transformers' conversion from SentencePiece (convert_slow_tokenizer.py, generate_merges), which published the file.
+Sources: the files published with Gemma 3, which come out byte for byte but for tokenizer.model and
+generation_config.json; sentencepiece_model.proto of SentencePiece; for the order of the merges transformers'
+conversion from SentencePiece (convert_slow_tokenizer.py, generate_merges).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mlx_gemma3.prompt.vocabulary import (
     read_vocabulary,
 )
 
-PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+_PAD, _EOS, _UNK = "<pad>", "<eos>", "<unk>"
 _COPIED = [*VOCABULARIES, *(name for name in CONFIG_FILES if name != "config.json")]
 _OF_PICTURES = frozenset(("preprocessor_config.json", "processor_config.json"))
 
@@ -89,7 +89,8 @@ def _vocabulary_files(checkpoint: Checkpoint, copied: frozenset[str]) -> dict[st
         if not present or {"tokenizer.json", "tokenizer_config.json"} <= copied:
             return {}
         vocabulary, template = read_vocabulary(checkpoint.path / present[0]), ""
-    files["tokenizer.json"] = tokenizer_json(vocabulary)
+    if "tokenizer.json" not in copied:
+        files["tokenizer.json"] = tokenizer_json(vocabulary)
     if "tokenizer_config.json" in copied:  # it names the special tokens: the files below would say it a second time
         return files
     files["tokenizer_config.json"] = _pretty(_tokenizer_config(vocabulary, checkpoint.config, template))
@@ -114,10 +115,12 @@ def tokenizer_json(vocabulary: Vocabulary) -> bytes:
         if piece in vocabulary.added
     ]
     bos = _id(vocabulary, BOS)
-    _id(vocabulary, UNK)
-    sequence, start = [{"Sequence": {"id": name, "type_id": place}} for place, name in enumerate("AB")], []
-    for place in range(2):
-        start.append({"SpecialToken": {"id": BOS, "type_id": place}})
+    _id(vocabulary, _UNK)
+    # What stands before and around one text, A, and the second of a pair, B.
+    (bos_a, text_a), (bos_b, text_b) = (
+        ({"SpecialToken": {"id": BOS, "type_id": kind}}, {"Sequence": {"id": name, "type_id": kind}})
+        for kind, name in enumerate("AB")
+    )
     values = {
         "version": "1.0",
         "truncation": None,
@@ -132,8 +135,8 @@ def tokenizer_json(vocabulary: Vocabulary) -> bytes:
         },
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [start[0], sequence[0]],
-            "pair": [start[0], sequence[0], start[1], sequence[1]],
+            "single": [bos_a, text_a],
+            "pair": [bos_a, text_a, bos_b, text_b],
             "special_tokens": {BOS: {"id": BOS, "ids": [bos], "tokens": [BOS]}},
         },
         "decoder": {
@@ -147,7 +150,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> bytes:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": UNK,
+            "unk_token": _UNK,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -195,12 +198,12 @@ def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
     Raises:
         TokenizerError: no <pad>, <eos>, <bos> or <unk>.
     """
-    names = {40: UNK, 41: BOS, 42: EOS, 43: PAD}  # trainer_spec: unk_id, bos_id, eos_id, pad_id
+    names = {40: _UNK, 41: BOS, 42: _EOS, 43: _PAD}  # trainer_spec: unk_id, bos_id, eos_id, pad_id
     pieces, parts, rank = _listed(vocabulary), [], 0
     for piece in pieces:
         kind = _BYTE if BYTE_PIECE.fullmatch(piece) else _USER_DEFINED if piece in vocabulary.added else 0
         if piece in names.values():
-            kind = _UNKNOWN if piece == UNK else _CONTROL
+            kind = _UNKNOWN if piece == _UNK else _CONTROL
         score = struct.pack("<f", 0.0 if kind else float(-rank))
         rank += not kind
         parts.append(
@@ -245,7 +248,7 @@ def _tokenizer_config(vocabulary: Vocabulary, config: Config, template: str) -> 
         "add_bos_token": True,
         "add_eos_token": False,
         "added_tokens_decoder": {
-            str(token): {"content": piece, **flags, "special": piece in vocabulary.control}
+            token: {"content": piece, **flags, "special": piece in vocabulary.control}
             for token, piece in enumerate(vocabulary.pieces)
             if piece in vocabulary.added
         },
@@ -253,8 +256,7 @@ def _tokenizer_config(vocabulary: Vocabulary, config: Config, template: str) -> 
         **picture,
         "clean_up_tokenization_spaces": False,
         "extra_special_tokens": picture,
-        "model_max_length": config.text.max_position_embeddings,
-        "padding_side": "left",
+        "model_max_length": int(1e30),  # none, as transformers says it
         "sp_model_kwargs": None,
         "spaces_between_special_tokens": False,
         "tokenizer_class": "GemmaTokenizer",
@@ -276,8 +278,8 @@ def _special_tokens(vocabulary: Vocabulary, config: Config) -> dict[str, Any]:
 def _named_tokens(vocabulary: Vocabulary, config: Config) -> dict[str, str]:
     """What ends an answer is the config's first id: <end_of_turn> in most chat checkpoints, else <eos>."""
     first = config.eos_token_ids[0]
-    eos = vocabulary.pieces[first] if first < len(vocabulary.pieces) else EOS
-    return {"bos_token": BOS, "eos_token": eos, "pad_token": PAD, "unk_token": UNK}
+    eos = vocabulary.pieces[first] if first < len(vocabulary.pieces) else _EOS
+    return {"bos_token": BOS, "eos_token": eos, "pad_token": _PAD, "unk_token": _UNK}
 
 
 def _picture_tokens(vocabulary: Vocabulary) -> dict[str, str]:
@@ -286,16 +288,14 @@ def _picture_tokens(vocabulary: Vocabulary) -> dict[str, str]:
 
 
 def _generation(checkpoint: Checkpoint, *, chat: bool) -> dict[str, Any]:
-    """With a chat template Google's settings of sampling, and over them what the file itself says."""
+    """Google's settings of sampling where there is a chat template, and over them what the file itself says."""
     config = checkpoint.config
-    sampling = {"do_sample": True, "top_k": 64, "top_p": 0.95} if chat else {}
-    said = {"do_sample": True, **checkpoint.generation} if checkpoint.generation else {}
+    sampling = {"do_sample": True, "top_k": 64, "top_p": 0.95, **checkpoint.generation}
     return {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
-        **sampling,
-        **said,
+        **(sampling if chat or checkpoint.generation else {}),
     }
 
 

@@ -14,7 +14,10 @@ from typing import Annotated
 import typer
 
 from .commands.convert import convert
+from .commands.evaluate import evaluate
+from .commands.fit import fit
 from .commands.generate import generate
+from .commands.inspect import inspect
 from .commands.terminal import leave
 from .errors import Gemma3Error
 
@@ -47,6 +50,9 @@ def _program(
 
 app.command()(generate)
 app.command()(convert)
+app.command()(evaluate)
+app.command()(inspect)
+app.command()(fit)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""A stand-in for the Hub on 127.0.0.1: the part of its HTTP API that fetching a model takes.
+"""A stand-in for the Hub on 127.0.0.1: the part of its HTTP API that fetching and uploading a model take.
 
 Serves revisions, file lists and files, with the headers by which the client tells gated, private and missing apart,
-and with Range for resuming. It counts what is asked, and can cut a download off.
+and with Range for resuming. Takes new repositories and commits from those whose token it knows, large files through
+Git LFS's batch API. It counts what is asked, and can cut a transfer off.
 
     with HubServer({"owner/name": Repo({"config.json": b"{}"})}) as hub:
         ...  # HF_ENDPOINT=hub.url in a child process: the client reads it when it is imported
@@ -9,6 +10,7 @@ and with Range for resuming. It counts what is asked, and can cut a download off
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import socket
@@ -16,6 +18,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 
@@ -36,19 +39,25 @@ class Request:
     path: str
     range: str | None
     sent: int = 0  # bytes of the body
+    received: int = 0  # the same of what the client sent
 
 
 @dataclass
 class HubServer:
     """The server, from `with` to the end of the block.
 
-    cut: path of a file → how many of its next downloads break off, each after half of the bytes asked for.
+    cut: path of a file → how many of its next downloads break off, each after half of the bytes asked for. For an
+        upload the sha256 of the content stands for the path.
     die_after: path of a file whose download, half sent, takes the whole server away.
+    writers: token → the owner whose repositories it may write.
+    objects: what large files were uploaded, by sha256.
     """
 
     repos: dict[str, Repo]
     cut: dict[str, int] = field(default_factory=dict)
     die_after: str = ""
+    writers: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> HubServer:
@@ -75,6 +84,10 @@ class HubServer:
         """The files whose content was asked for, in order of name."""
         return sorted({r.path.split("/resolve/")[1].split("/", 1)[1] for r in self.downloads()})
 
+    def uploads(self) -> list[Request]:
+        """The uploads of large files, whole or cut."""
+        return [r for r in self.requests if r.method == "PUT"]
+
     def downloads(self, name: str = "") -> list[Request]:
         return [r for r in self.requests if r.method == "GET" and "/resolve/" in r.path and r.path.endswith(name)]
 
@@ -92,17 +105,63 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    def _answer(self) -> None:
+    def do_PUT(self) -> None:
+        """The content of a large file, at the address that the batch API gave out."""
+        oid = self._logged().removeprefix("lfs/")
+        length = int(self.headers["Content-Length"])
+        if self.hub.cut.get(oid, 0) > 0:
+            self.hub.cut[oid] -= 1
+            self.request_log.received = len(self.rfile.read(length // 2))
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        content = self.rfile.read(length)
+        self.request_log.received = len(content)
+        if hashlib.sha256(content).hexdigest() != oid:
+            return self._refuse(400, "BadDigest")
+        self.hub.objects[oid] = content
+        return self._send(200, b"{}")
+
+    def do_POST(self) -> None:
+        path = self._logged()
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if path == "api/validate-yaml":
+            return self._check_card(json.loads(body)["content"])
+        if path == "api/repos/create":
+            values = json.loads(body)
+            name = f"{values['organization']}/{values['name']}"
+        else:
+            name = "/".join(path.removeprefix("api/models/").split("/")[:2]).removesuffix(".git")
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token not in self.hub.writers:
+            return self._refuse(401, "")
+        if self.hub.writers[token] != name.partition("/")[0]:
+            return self._refuse(403, "")
+        if path == "api/repos/create":
+            return self._create(name, private=values.get("visibility") == "private")
+        repo = self.hub.repos[name]
+        if path.endswith("/info/lfs/objects/batch"):
+            return self._batch(json.loads(body)["objects"])
+        if path == f"api/models/{name}/preupload/main":
+            return self._preupload(repo, json.loads(body)["files"])
+        assert path == f"api/models/{name}/commit/main", path
+        return self._commit(name, repo, [json.loads(line) for line in body.splitlines()])
+
+    def _logged(self) -> str:
         path = unquote(urlsplit(self.path).path).strip("/")
         self.request_log = Request(self.command, path, self.headers.get("Range"))
         self.hub.requests.append(self.request_log)
+        return path
+
+    def _answer(self) -> None:
+        path = self._logged()
         api = path.startswith("api/models/")
         owner, name, *rest = [*path.removeprefix("api/models/").split("/"), "", ""]
         repo = self.hub.repos.get(f"{owner}/{name}")
-        if repo is None or repo.private:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if repo is None or (repo.private and self.hub.writers.get(token) != owner):
             # As the Hub answers one who is not logged in; it does not say which of the two it is.
             return self._refuse(401, "RepoNotFound")
-        verb, revision, *inner = rest
+        verb, revision, *inner = rest if rest[0] else ("revision", "main")
         if revision not in ("main", repo.commit):
             return self._refuse(404, "RevisionNotFound")
         if api:
@@ -119,10 +178,56 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "tree":
             entries = [{"type": "file", "path": f, "size": n, "oid": _etag(repo.files[f])} for f, n in sizes.items()]
             return self._send(200, json.dumps(entries).encode())
-        info: dict[str, object] = {"id": name, "sha": repo.commit, "private": False, "gated": repo.gated}
+        info: dict[str, object] = {"id": name, "sha": repo.commit, "private": repo.private, "gated": repo.gated}
         if repo.siblings:
             info["siblings"] = [{"rfilename": file} for file in sizes]
         return self._send(200, json.dumps(info).encode())
+
+    def _check_card(self, content: str) -> None:
+        """The Hub knows the licences, and warns of a card that says nothing."""
+        if "license: unheard-of" in content:
+            return self._send(400, b'{"errors": [{"message": "\\"license\\" must be one of [apache-2.0, gemma]"}]}')
+        warnings = [] if content.startswith("---\n") else [{"message": "empty or missing yaml metadata"}]
+        return self._send(200, json.dumps({"warnings": warnings}).encode())
+
+    def _create(self, name: str, *, private: bool) -> None:
+        known = name in self.hub.repos
+        if not known:
+            self.hub.repos[name] = Repo({}, private=private)
+        self._send(409 if known else 200, json.dumps({"url": f"{self.hub.url}/{name}"}).encode())
+
+    def _preupload(self, repo: Repo, files: list[dict[str, Any]]) -> None:
+        """How each file is to come, and the id of what stands there now."""
+        answers = []
+        for file in files:
+            large = file["path"].endswith(".safetensors") or file["size"] > 10_000_000
+            answer = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            if (content := repo.files.get(file["path"])) is not None:
+                blob = b"blob %d\0%s" % (len(content), content)
+                answer["oid"] = hashlib.sha256(content).hexdigest() if large else hashlib.sha1(blob).hexdigest()
+            answers.append(answer)
+        self._send(200, json.dumps({"files": answers}).encode())
+
+    def _batch(self, objects: list[dict[str, Any]]) -> None:
+        """Where to send each object; nowhere what is there already."""
+        for item in objects:
+            if item["oid"] not in self.hub.objects:
+                item["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
+        self._send(200, json.dumps({"transfer": "basic", "objects": objects}).encode())
+
+    def _commit(self, name: str, repo: Repo, lines: list[dict[str, Any]]) -> None:
+        files = dict(repo.files)
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        repo.files, repo.commit = files, hashlib.sha1(repr((repo.commit, lines)).encode()).hexdigest()
+        url = f"{self.hub.url}/{name}/commit/{repo.commit}"
+        self._send(200, json.dumps({"commitUrl": url, "commitOid": repo.commit}).encode())
 
     def _file(self, repo: Repo, name: str, content: bytes) -> None:
         headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
@@ -153,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self._head(status, len(body), headers or {"Content-Type": "application/json"})
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
             self.request_log.sent = len(body)
 

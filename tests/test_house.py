@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mlx_gemma3"
+CONVERT = ROOT / "convert"  # installed as mlx_gemma3.convert
 # A room imports from itself and from lower ranks only.
 RANKS = {
     "errors": 0, "paths": 0, "config": 1, "gguf_header": 1,
@@ -24,13 +25,19 @@ def imports() -> dict[str, set[str]]:
     """Module → the modules of this package that it imports anywhere, as dotted names below mlx_gemma3."""
     graph: dict[str, set[str]] = {}
     modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    modules |= {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in CONVERT.rglob("*.py")}
     for name, path in modules.items():
         found = graph.setdefault(name, set())
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not node.level:
+            if not isinstance(node, ast.ImportFrom):
                 continue
-            base = name.split(".")[: -node.level]
-            target = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            module = node.module or ""
+            if node.level:
+                target = ".".join(filter(None, [*name.split(".")[: -node.level], module]))
+            elif module.split(".")[0] == "mlx_gemma3":
+                target = module.removeprefix("mlx_gemma3").lstrip(".")
+            else:
+                continue
             for alias in node.names:
                 inner = f"{target}.{alias.name}" if target else alias.name
                 found.add(next(n for n in (inner, target, f"{target}.__init__".lstrip(".")) if n in modules))

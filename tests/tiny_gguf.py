@@ -10,13 +10,21 @@ are what the tests check.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import mlx.core as mx
 import numpy as np
 from tiny import Tensors
+
+from mlx_gemma3.checkpoint.gguf import GGUFStore
+from mlx_gemma3.checkpoint.load import fitted_model, open_checkpoint
+from mlx_gemma3.checkpoint.source import Source
+from mlx_gemma3.config import Config
+from mlx_gemma3.model.gemma3 import Gemma3
 
 SHIFTED = re.compile(r"language_model\..*norm\.weight|mm_soft_emb_norm")  # stored as 1 + w
 
@@ -172,7 +180,7 @@ def write_gguf_file(
         if SHIFTED.search(name):
             array = array + np.float32(1)
         quantised = gguf_type(kind, name, array)
-        raw = array if quantised.name == "F32" else gguf.quants.quantize(array, quantised)
+        raw = array if quantised.name == "F32" else gguf_blocks(quantised, name, array)
         writer.add_tensor(ours, np.ascontiguousarray(raw), raw_dtype=quantised)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -189,11 +197,61 @@ def gguf_type(kind: str, name: str, array: np.ndarray) -> Any:
     return gguf.GGMLQuantizationType.F32 if plain else wanted
 
 
+def gguf_blocks(kind: Any, name: str, array: np.ndarray) -> np.ndarray:
+    """A matrix in one ggml type, (rows, bytes). K-quants, which the package only reads, are random blocks instead."""
+    try:
+        blocks: np.ndarray = gguf.quants.quantize(array, kind)
+    except NotImplementedError:
+        values = gguf.constants.GGML_QUANT_SIZES[kind][0]
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        scale = 2 / np.sqrt(array.shape[1]) * random.choice((-1, 1), array.size // values)
+        return random_blocks(kind.name, scale, random).reshape(len(array), -1)
+    return blocks
+
+
+# Where a block's float16 scales are, and how many times the first the numbers' size is (their largest over two).
+_SCALES = {
+    "Q4_0": ((0,), 4), "Q4_1": ((0, 2), 4), "Q5_0": ((0,), 8), "Q5_1": ((0, 2), 8), "Q8_0": ((0,), 64),
+    "Q2_K": ((80, 82), 23), "Q3_K": ((108,), 64), "Q4_K": ((0, 2), 472), "Q5_K": ((0, 2), 976), "Q6_K": ((208,), 2048),
+}  # fmt: skip
+# The second scale, as many times the first, that puts the numbers' middle near zero: -dmin * m or + m.
+_MIDDLES = {"Q4_1": -7.5, "Q5_1": -15.5, "Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}
+
+
+def random_blocks(kind: str, size: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Blocks of random bytes whose scales are finite: numbers of about these sizes (n) → (n, bytes) uint8."""
+    offsets, factor = _SCALES[kind]
+    blocks = random.integers(0, 256, (len(size), gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]), np.uint8)
+    first = np.asarray(size, np.float32) / factor
+    for at, scale in zip(offsets, (first, first * _MIDDLES.get(kind, 0)), strict=False):
+        blocks[:, at : at + 2] = scale.astype(np.float16)[:, None].view(np.uint8)
+    return blocks
+
+
 def gguf_floats(tensors: Mapping[str, np.ndarray], kind: str) -> Tensors:
     """The floats that `write_gguf` and `write_mmproj` store for these tensors in that type."""
     floats = {}
     for name, array in tensors.items():
         quantised = gguf_type(kind, name, array)
         plain = quantised.name == "F32"
-        floats[name] = array if plain else gguf.quants.dequantize(gguf.quants.quantize(array, quantised), quantised)
+        floats[name] = array if plain else gguf.quants.dequantize(gguf_blocks(quantised, name, array), quantised)
     return floats
+
+
+def open_store(path: Path, **options: Any) -> GGUFStore:
+    checkpoint = open_checkpoint(Source("x", path))
+    assert checkpoint.gguf is not None
+    return GGUFStore(*checkpoint.gguf, checkpoint.config, **options)
+
+
+def plain_model(store: GGUFStore, config: Config) -> Gemma3:
+    """The model of a file with every matrix unpacked to float32."""
+    tensors = {}
+    for entry in store.entries:
+        weight, *rest = store.read(entry).values()
+        if entry.packing:
+            weight = mx.dequantize(weight, *rest, group_size=entry.packing.group_size, bits=entry.packing.bits)
+        tensors[entry.name] = weight.astype(mx.float32)
+    model = fitted_model(config, tensors, where=Path())
+    model.load_weights(list(tensors.items()))
+    return model

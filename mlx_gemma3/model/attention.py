@@ -27,16 +27,19 @@ def attend(
     if bits == 16:
         return mx.fast.scaled_dot_product_attention(q, keys[0], values[0], scale=scale, mask=mask)
     batch, heads, length, size = q.shape
-    groups = keys[0].shape[1]
-    count = keys[0].shape[2]
+    groups, count = keys[0].shape[1], keys[0].shape[2]
     grouped = (q * scale).reshape(batch, groups, heads // groups, length, size)
-    keys, values = ([part[:, :, None] for part in rows] for rows in (keys, values))
-    scores = mx.quantized_matmul(grouped, *keys, transpose=True, group_size=KV_GROUP, bits=bits)
+    scores = _multiply(grouped, keys, bits=bits, transpose=True)  # (B, K, H / K, L, S)
     if isinstance(mask, str):
         queries = mx.arange(count - length, count)[:, None]
         mask = (mx.arange(count)[None] <= queries)[None, None]
     if mask is not None:
         scores = mx.where(mask[:, :, None], scores, mx.finfo(scores.dtype).min)
     weights = mx.softmax(scores, axis=-1, precise=True)
-    out = mx.quantized_matmul(weights, *values, transpose=False, group_size=KV_GROUP, bits=bits)
-    return out.reshape(batch, heads, length, size)
+    return _multiply(weights, values, bits=bits, transpose=False).reshape(batch, heads, length, size)
+
+
+def _multiply(x: mx.array, rows: Rows, *, bits: int, transpose: bool) -> mx.array:
+    """x @ rows (or rowsᵀ), the same packed rows for each of the H / K query heads of a group."""
+    weight, scales, biases = (part[:, :, None] for part in rows)
+    return mx.quantized_matmul(x, weight, scales, biases, transpose=transpose, group_size=KV_GROUP, bits=bits)

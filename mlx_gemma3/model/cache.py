@@ -42,7 +42,7 @@ class Buffer:
         if count > have:
             rooms = [mx.zeros((*part.shape[:2], count - have, part.shape[3]), dtype=part.dtype) for part in like]
             pairs = zip(self.parts, rooms, strict=True)
-            self.parts = [mx.concatenate(pair, axis=2) for pair in pairs] if have else rooms
+            self.parts = [mx.concatenate(list(pair), axis=2) for pair in pairs] if have else rooms
 
     def write(self, start: int, rows: Rows) -> None:
         stop = start + rows[0].shape[2]
@@ -106,7 +106,7 @@ class WindowCache:
                 out.append(buffer.view(reach, before + length))
                 continue
             held = buffer.view(0, before)
-            rows = tuple(mx.concatenate(pair, axis=2) for pair in zip(held, rows, strict=True))
+            rows = tuple(mx.concatenate(list(pair), axis=2) for pair in zip(held, rows, strict=True))
             self.filled = min(self.window - 1 + self.slack, rows[0].shape[2])
             buffer.write(0, tuple(part[:, :, -self.filled :] for part in rows))
             out.append(tuple(part[:, :, reach:] for part in rows))

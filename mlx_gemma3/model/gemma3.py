@@ -80,9 +80,9 @@ class Gemma3(nn.Module):
             PromptError: image tokens and pictures do not match, a block is cut by the call's end, or an id is not
                 in the vocabulary.
         """
-        count = len(pixels) if pixels is not None else 0
         self._check_pixels(pixels)
-        hidden = self.read(tokens, self.encode_images(pixels) if count else None, caches, padding=padding)
+        features = self.encode_images(pixels) if pixels is not None and len(pixels) else None
+        hidden = self.read(tokens, features, caches, padding=padding)
         return self.head(hidden[:, -1:] if last_only else hidden)
 
     def read(

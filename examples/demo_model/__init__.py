@@ -1,0 +1,1 @@
+"""How the built-in `demo` checkpoint was made: drawn pictures, questions about them, training, export, measurement."""

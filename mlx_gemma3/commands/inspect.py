@@ -1,0 +1,255 @@
+"""`mlx-gemma3 inspect`: what is in a checkpoint, from its headers; no weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import TokenizerError
+
+if TYPE_CHECKING:
+    from ..checkpoint.contents import Entry
+    from ..checkpoint.load import Checkpoint
+
+CONTEXTS = (4096, 32768, 131072)
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_VOCABULARIES = ("tokenizer.model", "tokenizer.json")
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(help="Alias, folder, owner/name on the Hub, or .gguf file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what a checkpoint holds, how it is packed, and what memory it needs, without loading it."""
+    from ..checkpoint.load import open_checkpoint
+    from ..checkpoint.source import resolve
+    from ..checkpoint.store import open_store
+
+    checkpoint = open_checkpoint(resolve(source, quiet=as_json))
+    about = describe(checkpoint, open_store(checkpoint).entries)
+    typer.echo(json.dumps(about, ensure_ascii=False) if as_json else "\n".join(report(about)))
+
+
+def describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any]:
+    """Everything that the command shows, in plain types; sizes in bytes."""
+    from ..checkpoint.sizes import size_of
+
+    config = checkpoint.config
+    text, vision = config.text, config.vision
+    far = [layer for layer in range(text.num_hidden_layers) if text.is_global(layer)]
+    count, size = _totals(entries)
+    return {
+        "name": checkpoint.name,
+        "path": str(checkpoint.path),
+        "format": "safetensors" if checkpoint.gguf is None else "gguf",
+        "size": size_of(config),
+        "chat": checkpoint.instruct,
+        "context": text.max_position_embeddings,
+        "layers": {
+            "count": text.num_hidden_layers,
+            "global": far,
+            "local": text.num_hidden_layers - len(far),
+            "window": text.sliding_window,
+        },
+        "pictures": None if vision is None else {"pixels": vision.image_size, "tokens": config.mm_tokens_per_image},
+        "parameters": count,
+        "bytes": size,
+        "bits_per_weight": round(8 * size / count, 3),
+        "parts": list(_parts(entries)),
+        "matrices": _matrices(entries),
+        "tokenizer": _tokenizer(checkpoint),
+        "chat_template": _template(checkpoint),
+        "generation": dict(checkpoint.generation),
+        "memory": _memory(checkpoint, entries),
+    }
+
+
+def _totals(entries: Iterable[Entry]) -> tuple[int, int]:
+    """Numbers, and bytes in the file."""
+    pairs = [(math.prod(entry.shape), entry.nbytes) for entry in entries]
+    return sum(count for count, _ in pairs), sum(size for _, size in pairs)
+
+
+def part_of(name: str) -> str:
+    """The kind of module that a canonical name belongs to."""
+    if name.startswith("vision_tower."):
+        return "vision_tower"
+    if name.startswith("multi_modal_projector."):
+        return "projector"
+    if name.startswith("lm_head."):
+        return "lm_head"
+    if "embed_tokens." in name:
+        return "embed_tokens"
+    if "norm." in name:
+        return "norms"
+    return "attention" if ".self_attn." in name else "mlp"
+
+
+def stored_as(entry: Entry) -> str:
+    """How the file keeps it: "BF16", "4 bits, groups of 64", "Q4_K"."""
+    return str(entry.packing) if entry.packing is not None and entry.kind == "U32" else entry.kind
+
+
+def _parts(entries: Sequence[Entry]) -> Iterable[dict[str, Any]]:
+    """A row for each kind of module, in the order of the model, its ways of storing by how much they hold."""
+    order = ("embed_tokens", "attention", "mlp", "norms", "lm_head", "vision_tower", "projector")
+    for part in order:
+        inside = [entry for entry in entries if part_of(entry.name) == part]
+        if not inside:
+            continue
+        ways: Counter[str] = Counter()
+        for entry in inside:
+            ways[stored_as(entry)] += math.prod(entry.shape)
+        count, size = _totals(inside)
+        yield {"part": part, "parameters": count, "bytes": size, "stored": dict(ways.most_common())}
+
+
+def _matrices(entries: Sequence[Entry]) -> dict[str, Any]:
+    """How most matrices are stored, and which are stored otherwise: names by way, layers put together."""
+    ways = {
+        entry.name.removesuffix(".weight"): stored_as(entry)
+        for entry in entries
+        if len(entry.shape) == 2 and entry.name.endswith(".weight")
+    }
+    usual = Counter(ways.values()).most_common(1)[0][0]
+    parts: dict[str, set[str]] = {}
+    for name, way in ways.items():
+        parts.setdefault(part_of(name + "."), set()).add(way)
+    others: dict[str, list[str]] = {}
+    for name, way in ways.items():
+        if way != usual:
+            part = part_of(name + ".")
+            others.setdefault(way, []).append(part if part == "vision_tower" and len(parts[part]) == 1 else name)
+    return {"usual": usual, "others": {way: _together(names) for way, names in others.items()}}
+
+
+def _together(names: Iterable[str]) -> list[str]:
+    """Names that differ in their layer only as one: "language_model.layers.0-5,12.mlp.down_proj"."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        found = re.fullmatch(r"(.*\.layers\.)(\d+)(\..*)", name)
+        layers.setdefault((found[1], found[3]) if found else (name, ""), []).append(int(found[2]) if found else 0)
+    return [before + _ranges(numbers) + after if after else before for (before, after), numbers in layers.items()]
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 5 → "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The vocabulary's file and how many ids have a piece; None without a usable one."""
+    try:
+        size = checkpoint.tokenizer().vocab_size
+    except TokenizerError:
+        return None
+    path = checkpoint.path
+    file = path.name if path.is_file() else next(name for name in _VOCABULARIES if (path / name).is_file())
+    return {"file": file, "vocabulary": size}
+
+
+def _template(checkpoint: Checkpoint) -> str | None:
+    """The file that holds the chat template, or None."""
+    path = checkpoint.path
+    if checkpoint.gguf is not None:
+        return path.name if checkpoint.gguf[0].settings.get("tokenizer.chat_template") else None
+    if name := next((name for name in _TEMPLATES if (path / name).is_file()), None):
+        return name
+    settings = path / "tokenizer_config.json"
+    return settings.name if settings.is_file() and _says_template(settings) else None
+
+
+def _says_template(path: Path) -> bool:
+    return bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def _memory(checkpoint: Checkpoint, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Bytes on a Mac (bfloat16) at a few contexts, by the bits of the key-value cache."""
+    from ..checkpoint.memory import estimate, loaded_bytes
+    from ..model.cache import KV_BITS
+
+    config = checkpoint.config
+    weights = loaded_bytes(entries)
+    rows = []
+    for context in sorted({min(context, config.text.max_position_embeddings) for context in CONTEXTS}):
+        for bits in KV_BITS:
+            need = estimate(config, weights, context=context, kv_bits=bits)
+            rows.append({"context": context, "kv_bits": bits, "weights": weights, "kv": need.kv, "total": need.total})
+    return rows
+
+
+def report(about: dict[str, Any]) -> list[str]:
+    """What `describe` found, as lines of text."""
+    layers, pictures, tokenizer = about["layers"], about["pictures"], about["tokenizer"]
+    words = "chat" if about["chat"] else "base"
+    settings = {name: value for name, value in about["generation"].items() if not name.endswith("token_id")}
+    head = {
+        "path": about["path"],
+        "model": f"Gemma 3 {about['size'] or 'of another size'}, {words}, {about['format']}",
+        "context": f"{about['context']:,} tokens",
+        "layers": f"{layers['count']}: {len(layers['global'])} global, {layers['local']} local with a window of "
+        f"{layers['window']:,}",
+        "pictures": f"{pictures['pixels']} x {pictures['pixels']} pixels, {pictures['tokens']} tokens each"
+        if pictures
+        else "no: words only",
+        "parameters": f"{about['parameters']:,}",
+        "on disk": f"{amount(about['bytes'])}, {about['bits_per_weight']:.2f} bits a weight",
+        "tokenizer": f"{tokenizer['file']}, {tokenizer['vocabulary']:,} pieces" if tokenizer else "none",
+        "chat template": about["chat_template"] or "none",
+        "generation": ", ".join(f"{name} {_plain(value)}" for name, value in settings.items()) or "no settings",
+    }
+    lines = [about["name"], *(f"{name:<15}{value}" for name, value in head.items()), ""]
+    rows = [["part", "parameters", "bytes", "stored as"]]
+    rows += [
+        [row["part"], f"{row['parameters']:,}", amount(row["bytes"]), " + ".join(row["stored"])]
+        for row in about["parts"]
+    ]
+    lines += [*table(rows, "<>><"), "", *_matrix_lines(about["matrices"]), ""]
+    memory = about["memory"]
+    rows = [["context", *(f"KV {bits} bits" for bits in sorted({row["kv_bits"] for row in memory}, reverse=True))]]
+    for context in sorted({row["context"] for row in memory}):
+        same = [row for row in memory if row["context"] == context]
+        rows.append([f"{context:,}", *(amount(row["total"]) for row in same)])
+    lines += [f"memory on a Mac, weights {amount(memory[0]['weights'])} of it:", *table(rows, ">>>>")]
+    return lines
+
+
+def _matrix_lines(matrices: dict[str, Any]) -> list[str]:
+    if not matrices["others"]:
+        return [f"every matrix: {matrices['usual']}"]
+    lines = [f"most matrices: {matrices['usual']}; others:"]
+    for way, names in matrices["others"].items():
+        lines += [f"  {way}: {name}" for name in names]
+    return lines
+
+
+def table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Rows of equal length as aligned lines; `sides` has < or > for each column."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    cells = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)] for row in rows)
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def amount(size: int) -> str:
+    """Bytes for people: "2.64 GiB"."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 1 << power:
+            return f"{size / (1 << power):.2f} {unit}"
+    return f"{size} bytes"
+
+
+def _plain(value: object) -> str:
+    return json.dumps(value) if isinstance(value, bool) else str(value)

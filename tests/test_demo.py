@@ -1,0 +1,133 @@
+"""The built-in checkpoint sees: right on pictures it never saw, and wrong without them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlx_gemma3 as g3
+from examples.demo_model import accuracy, draw, other_hand, pictures
+from examples.demo_model.batches import Writer, joint_batch
+from examples.demo_model.questions import KINDS, Sample, sample
+from examples.demo_model.vocabulary import demo_vocabulary
+from mlx_gemma3.checkpoint.source import resolve
+from mlx_gemma3.model.gemma3 import Gemma3
+
+FOLDER = resolve("demo").path
+MEGABYTE = 1 << 20
+FRESH = 63  # seven of each kind; their seed is no training seed
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[g3.Engine]:
+    with g3.load("demo") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def fresh() -> list[Sample]:
+    return list(sample(11, FRESH))
+
+
+@pytest.fixture(scope="module")
+def given(engine: g3.Engine, fresh: list[Sample]) -> list[str]:
+    return accuracy.answers(engine, fresh)
+
+
+def test_the_pictures_of_the_examples_are_answered_rightly(engine: g3.Engine) -> None:
+    samples = accuracy.read(pictures.FOLDER)
+    assert {one.question.kind for one in samples} == set(KINDS)
+    right = [one.question.answer for one in samples]
+    assert accuracy.answers(engine, samples) == right
+
+
+def test_fresh_pictures_are_answered_rightly(fresh: list[Sample], given: list[str]) -> None:
+    assert accuracy.share(fresh, given) >= 0.9
+
+
+def test_pictures_by_another_hand_are_answered_rightly(engine: g3.Engine) -> None:
+    samples = list(other_hand.other_samples(5, FRESH))
+    assert accuracy.share(samples, accuracy.answers(engine, samples)) >= 0.8
+
+
+def test_another_picture_gives_another_answer(engine: g3.Engine, fresh: list[Sample], given: list[str]) -> None:
+    assert accuracy.changed(engine, fresh, given) >= 0.5
+
+
+def test_without_the_pictures_rows_it_only_guesses(
+    engine: g3.Engine, fresh: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gemma3, "encode_images", accuracy.no_rows(Gemma3.encode_images))
+    blind = accuracy.share(fresh, accuracy.answers(engine, fresh))
+    assert blind <= accuracy.guessing(fresh) + 0.05
+
+
+def test_causal_attention_inside_a_picture_is_noticed(
+    engine: g3.Engine, fresh: list[Sample], given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gemma3, "_image_blocks", lambda *_: None)
+    assert accuracy.share(fresh, accuracy.answers(engine, fresh)) <= accuracy.share(fresh, given) - 0.1
+
+
+def test_the_first_command_of_the_readme() -> None:
+    command = [sys.executable, "-m", "mlx_gemma3.cli", "generate", "-m", "demo", "-i", "examples/pictures/shapes.png",
+               "How many circles are there?"]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent, stdin=subprocess.DEVNULL
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "3")
+
+
+def test_the_checkpoint_is_small_packed_and_crosses_its_window(fresh: list[Sample]) -> None:
+    config = json.loads((FOLDER / "config.json").read_text("utf-8"))
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8 * MEGABYTE
+    assert (config["quantization"]["bits"], config["quantization"]["group_size"]) == (8, 64)
+    assert config["text_config"]["num_hidden_layers"] > config["text_config"]["sliding_window_pattern"] - 1
+    writer = Writer(g3.Tokenizer.from_folder(FOLDER))
+    lengths = [len(writer.prompt(one.question, len(one.pictures))) for one in fresh]
+    assert max(lengths) > config["text_config"]["sliding_window"]
+
+
+def test_training_saw_the_ids_that_the_processor_makes(fresh: list[Sample]) -> None:
+    tokenizer = g3.Tokenizer.from_folder(FOLDER)
+    processor, writer = g3.Processor(tokenizer, g3.Config.from_file(FOLDER / "config.json")), Writer(tokenizer)
+    for one in fresh:
+        chat = accuracy.messages(one.question, len(one.pictures))
+        prompt = processor.prepare(chat, list(one.pictures), special=False)
+        assert writer.prompt(one.question, len(one.pictures)) == prompt.tokens
+        branch, wanted = writer.branch(one.question, len(one.pictures))
+        whole = [*writer.prefix(len(one.pictures)), *branch]
+        answer = [*tokenizer.encode(one.question.answer, special=False), tokenizer.id("<end_of_turn>")]
+        assert whole == [*prompt.tokens, *answer]
+        assert wanted[-len(answer) - 1 :] == [*answer, -1]
+
+
+def test_the_same_seed_gives_the_same_batch() -> None:
+    from random import Random
+
+    writer = Writer(g3.Tokenizer.from_folder(FOLDER))
+    one, same = (joint_batch(Random(3), writer, 4, ("",)) for _ in range(2))
+    assert all(np.array_equal(one[name], same[name]) for name in one)
+    assert one["asked"].size > 20
+
+
+def test_the_tokenizer_is_what_the_script_makes() -> None:
+    tokenizer = g3.Tokenizer.from_folder(FOLDER)
+    pieces = demo_vocabulary().pieces
+    assert tokenizer.vocab_size == len(pieces)
+    assert all(tokenizer.id(piece) == number for number, piece in enumerate(pieces))
+
+
+def test_draw_writes_pictures_and_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["draw", "--seed", "3", "--count", "18", "--out", str(tmp_path)])
+    draw.main()
+    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) == 18 and {row["kind"] for row in rows} == set(KINDS)
+    assert all({"images", "question", "answer", "kind", "language"} <= row.keys() for row in rows)
+    assert [len(one.pictures) for one in accuracy.read(tmp_path)] == [len(row["images"]) for row in rows]
