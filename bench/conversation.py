@@ -70,6 +70,7 @@ def main() -> None:
 def here(source: str, plan: list[tuple[str, list[int]]]) -> list[tuple[int, float]]:
     """(tokens processed, seconds to the logits) of each prompt in turn."""
     model = load_model(open_checkpoint(resolve(source), text_only=True), text_only=True)
+    model.fuse()
     timeline = Timeline(model, model.make_caches())
     rows = []
     history = plan[0][1]

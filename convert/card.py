@@ -4,48 +4,38 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlx_gemma3.checkpoint.contents import read_note
 from mlx_gemma3.checkpoint.load import Checkpoint
 
 from .report import Report
 
 TERMS = "https://ai.google.dev/gemma/terms"
+# The words that section 3.1 of the terms asks for.
+NOTICE = f"Gemma is provided under and subject to the Gemma Terms of Use found at <{TERMS}>."
 
 
 def write_card(folder: Path, report: Report, checkpoint: Checkpoint, command: str) -> None:
-    """Write README.md, with the front matter that the Hub reads."""
-    vision = checkpoint.config.vision is not None
+    """Write README.md, with the front matter that the Hub reads. What the source's own card says of it goes first."""
     name = checkpoint.name
-    base = [f"base_model: {name}"] if name.count("/") == 1 and not Path(name).exists() else []
+    source = read_note(checkpoint.path)
+    gemma = source.license in ("", "gemma")
+    repository = name.partition("@")[0]
     front = [
-        "---",
         "library_name: mlx",
-        "license: gemma",
-        f"license_link: {TERMS}",
-        f"pipeline_tag: {'image-text-to-text' if vision else 'text-generation'}",
-        *base,
+        *(["license: gemma", f"license_link: {TERMS}"] if gemma else [f"license: {source.license}"]),
+        f"pipeline_tag: {'text-generation' if checkpoint.config.vision is None else 'image-text-to-text'}",
+        *([f"base_model: {repository}"] if repository.count("/") == 1 and not Path(name).exists() else []),
         "tags: [mlx, gemma3]",
-        "---",
     ]
-    lines = [
-        *front,
-        "",
-        f"# {folder.name if not folder.name.startswith('.') else Path(report.out).name}",
-        "",
-        f"Gemma 3, made from {name} for MLX by mlx-gemma3:",
-        "",
-        "```",
-        command or f"mlx-gemma3 convert {name}",
-        "```",
-        "",
-        "```",
-        report.text(),
-        "```",
-        "",
+    paragraphs = [
+        "\n".join(("---", *front, "---")),
+        f"# {Path(report.out).resolve().name}",
+        source.text or "Gemma 3 for MLX.",
+        f"Made from {name} by mlx-gemma3:",
+        f"```\n{command or f'mlx-gemma3 convert {name}'}\n```",
+        f"```\n{report.text()}\n```",
         "The errors are root mean squares of the differences from the source, over those of its numbers.",
-        "",
         "Run it with `mlx-gemma3 generate -m FOLDER`; mlx-lm and mlx-vlm load it too.",
-        "",
-        f"The weights carry Google's own terms: <{TERMS}>.",
-        "",
+        *([NOTICE] if gemma else []),
     ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "README.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")

@@ -78,6 +78,14 @@ def read_text(path: Path) -> str:
         raise PromptError(f"{path}", got=f"bytes that are not UTF-8 at {error.start}", want="a text file") from None
 
 
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, names of control tokens as plain characters. Raises PromptError where they are too few."""
+    ids = tokenizer.encode(text, special=False)
+    if len(ids) < MIN_TOKENS:
+        raise PromptError("text", got=f"{len(ids)} tokens", want=f"at least {MIN_TOKENS}")
+    return ids
+
+
 def evaluate(
     model: str | Path | Checkpoint | Opened,
     *,
@@ -161,11 +169,9 @@ def _check_vocabularies(one: Opened, other: Opened) -> None:
 def _on_text(
     subjects: Sequence[Opened], size: int, text: str, window: int, max_tokens: int | None, tell: Progress
 ) -> Scores:
-    ids, *others = (subject.tokenizer.encode(text, special=False) for subject in subjects)
+    ids, *others = (text_ids(subject.tokenizer, text) for subject in subjects)
     if any(other != ids for other in others):
         raise TokenizerError("token ids of the text", got="two ways to merge", want="the same from both checkpoints")
-    if len(ids) < MIN_TOKENS:
-        raise PromptError("text", got=f"{len(ids)} tokens", want=f"at least {MIN_TOKENS}")
     ids = ids[:max_tokens]
     tally = _Tally(subjects, size, lambda done: tell("text", done, len(ids)))
     bos = subjects[-1].model.config.bos_token_id

@@ -62,7 +62,7 @@ class Report:
     out: str
     parameters: int = 0
     nbytes: int = 0  # of the tensors, copies included
-    head_copy_bytes: int = 0  # of them the copy of the head that mlx-vlm asks for
+    head_copy_bytes: int = 0  # of them the second copy of the head's scales
     kinds: dict[str, Row] = field(default_factory=dict)
     worst: list[tuple[str, float]] = field(default_factory=list)  # relative error by parameter, largest first
     left_plain: list[str] = field(default_factory=list)  # asked to be packed, of a width that no group divides
@@ -102,7 +102,7 @@ class Report:
         if self.head_copy_bytes:
             lines += [
                 "",
-                f"{_size(self.head_copy_bytes)} of it is a copy of the head: mlx-vlm does not load without it",
+                f"{_size(self.head_copy_bytes)} of it are the embedding's scales once more, for mlx-vlm's head",
             ]
         if self.comparison is not None:
             lines += ["", self.comparison.text()]

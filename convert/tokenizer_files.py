@@ -30,6 +30,7 @@ from mlx_gemma3.prompt.vocabulary import (
     START_OF_IMAGE,
     Vocabulary,
     read_vocabulary,
+    varint,
 )
 
 _PAD, _EOS, _UNK = "<pad>", "<eos>", "<unk>"
@@ -324,20 +325,10 @@ def _pretty(values: dict[str, Any]) -> bytes:
 
 def _number_field(field: int, value: int) -> bytes:
     """A protobuf field that holds a number >= 0."""
-    return _varint(field << 3) + _varint(value)
+    return varint(field << 3) + varint(value)
 
 
 def _bytes_field(field: int, value: bytes | str) -> bytes:
     """A protobuf field that holds bytes, a text or a message."""
     raw = value.encode("utf-8") if isinstance(value, str) else value
-    return _varint(field << 3 | 2) + _varint(len(raw)) + raw
-
-
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, lowest first, the high bit set on all but the last."""
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    return varint(field << 3 | 2) + varint(len(raw)) + raw

@@ -9,13 +9,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mlx_gemma3.checkpoint.hub import _failures as failures
-from mlx_gemma3.checkpoint.hub import _library as library
+from mlx_gemma3.checkpoint.hub import failures, quiet_library
 from mlx_gemma3.errors import Gemma3Error, OfflineSource, OptionError, OutputError, SourceError
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Weights of an earlier upload that this one does not replace: programs would load them beside the new ones.
 _WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
+
+
+def check_repository(name: str) -> None:
+    """Refuse, before any work, what is no name of a repository. Raises OptionError."""
+    if not _NAME.fullmatch(name):
+        raise OptionError("repository", got=repr(name), want="owner/name")
 
 
 def upload(folder: Path, repository: str, *, private: bool = False, quiet: bool = False) -> str:
@@ -36,14 +41,13 @@ def upload(folder: Path, repository: str, *, private: bool = False, quiet: bool 
         OutputError: not logged in, or no permission to write there.
         OfflineSource: no network, or none until the end.
     """
-    if not _NAME.fullmatch(repository):
-        raise OptionError("repository", got=repr(repository), want="owner/name")
+    check_repository(repository)
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}", got="no config.json", want="a converted folder")
     from huggingface_hub import HfApi
 
     api, state = HfApi(), "is not uploaded"
-    with library(quiet):
+    with quiet_library(quiet):
         try:
             api.create_repo(repository, private=private or None, exist_ok=True)
             if private and not api.model_info(repository).private:

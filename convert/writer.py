@@ -7,7 +7,7 @@ with spaces, data without gaps).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -32,8 +32,8 @@ class Planned:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.size
 
 
-def split(tensors: Sequence[Planned], limit: int = MAX_SHARD_BYTES) -> list[list[Planned]]:
-    """Consecutive tensors in shards of at most `limit` bytes; a larger tensor has a shard of its own."""
+def split(tensors: Sequence[Planned], limit: int = MAX_SHARD_BYTES) -> dict[str, list[Planned]]:
+    """Consecutive tensors in files of at most `limit` bytes, by name; a larger tensor has a file of its own."""
     shards: list[list[Planned]] = [[]]
     size = 0
     for tensor in tensors:
@@ -42,20 +42,15 @@ def split(tensors: Sequence[Planned], limit: int = MAX_SHARD_BYTES) -> list[list
             size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
-    return shards
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, start=1)}
 
 
-def shard_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-
-
-def write_index(folder: Path, shards: Sequence[Sequence[Planned]]) -> None:
-    """model.safetensors.index.json, which programs read even beside a single shard."""
-    names = shard_names(len(shards))
-    total = sum(tensor.nbytes for shard in shards for tensor in shard)
-    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+def write_index(folder: Path, shards: Mapping[str, Sequence[Planned]]) -> None:
+    """model.safetensors.index.json, which programs read even beside a single shard. `shards`: by file name."""
+    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+    weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 

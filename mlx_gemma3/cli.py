@@ -13,12 +13,15 @@ from typing import Annotated
 
 import typer
 
+from .commands.bench import bench
+from .commands.chat import chat
 from .commands.convert import convert
 from .commands.evaluate import evaluate
 from .commands.fit import fit
 from .commands.generate import generate
 from .commands.inspect import inspect
 from .commands.terminal import leave
+from .commands.worker import worker
 from .errors import Gemma3Error
 
 app = typer.Typer(
@@ -49,10 +52,13 @@ def _program(
 
 
 app.command()(generate)
+app.command()(chat)
 app.command()(convert)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(fit)
+app.command()(bench)
+app.command()(worker)
 
 
 def main() -> None:

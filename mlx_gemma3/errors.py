@@ -16,7 +16,10 @@
     ├── MemoryNeedError        "memory"        more memory than this machine has
     ├── SessionError           "session"       a saved conversation that cannot be gone on with
     ├── OutputError            "output"        a place that cannot be written: in use, full, not allowed
-    └── ClosedError            "closed"        the engine or stream was closed
+    ├── ClosedError            "closed"        the engine or stream was closed
+    ├── RequestError           "request"       a line to a worker process that is no request
+    ├── BusyError              "busy"          a worker process with as much to do as it takes; try again later
+    └── WorkerError            "worker"        a worker process that ended, or cannot be talked to
 
 A message is one line: what is wrong, what was found, what was wanted, what to do about it.
 Codes are part of the public interface: programs branch on them, so they never change.
@@ -108,3 +111,15 @@ class OutputError(Gemma3Error):
 
 class ClosedError(Gemma3Error):
     code = "closed"
+
+
+class RequestError(Gemma3Error):
+    code = "request"
+
+
+class BusyError(Gemma3Error):
+    code = "busy"
+
+
+class WorkerError(Gemma3Error):
+    code = "worker"

@@ -1,6 +1,6 @@
-"""Where this package keeps files of its own: vocabularies and checkpoints that it has rebuilt, nothing downloaded.
+"""Where this package keeps files of its own: what it has rebuilt, and what a person typed; nothing downloaded.
 
-Beside config.py because prompt/ and checkpoint/ both need it. Deleting the folder costs time, never an answer.
+Beside config.py because prompt/ and checkpoint/ both need it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,31 @@ import sys
 from pathlib import Path
 
 CACHE_VARIABLE = "MLX_GEMMA3_CACHE"
+DATA_VARIABLE = "MLX_GEMMA3_DATA"
 
 
 def cache_folder() -> Path:
-    """The folder for rebuilt files, which need not exist yet.
+    """The folder for rebuilt files, which need not exist yet. Deleting it costs time, never an answer.
 
     $MLX_GEMMA3_CACHE if set, else ~/Library/Caches/mlx-gemma3 on macOS, else $XDG_CACHE_HOME/mlx-gemma3, and
     ~/.cache/mlx-gemma3 without it (XDG Base Directory Specification: a relative value is ignored).
     """
-    if chosen := os.environ.get(CACHE_VARIABLE):
+    return _folder(CACHE_VARIABLE, "Caches", "XDG_CACHE_HOME", Path(".cache"))
+
+
+def data_folder() -> Path:
+    """The folder for what cannot be made again (the lines typed in chats), which need not exist yet.
+
+    $MLX_GEMMA3_DATA if set, else ~/Library/Application Support/mlx-gemma3 on macOS, else $XDG_DATA_HOME/mlx-gemma3,
+    and ~/.local/share/mlx-gemma3 without it.
+    """
+    return _folder(DATA_VARIABLE, "Application Support", "XDG_DATA_HOME", Path(".local", "share"))
+
+
+def _folder(variable: str, library: str, base_variable: str, base_default: Path) -> Path:
+    if chosen := os.environ.get(variable):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx-gemma3"
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "mlx-gemma3"
+        return Path.home() / "Library" / library / "mlx-gemma3"
+    base = Path(os.environ.get(base_variable, ""))
+    return (base if base.is_absolute() else Path.home() / base_default) / "mlx-gemma3"

@@ -91,7 +91,9 @@ def test_shards_hold_no_more_than_their_limit_and_an_index_names_them(chat_folde
 
 def test_a_tensor_larger_than_a_shard_has_its_own() -> None:
     sizes = [Planned(str(n), mx.uint8, (size,)) for n, size in enumerate((5, 30, 4, 4, 4))]
-    assert [[t.nbytes for t in shard] for shard in split(sizes, 10)] == [[5], [30], [4, 4], [4]]
+    shards = split(sizes, 10)
+    assert [[t.nbytes for t in shard] for shard in shards.values()] == [[5], [30], [4, 4], [4]]
+    assert list(shards)[2] == "model-00003-of-00004.safetensors" and list(split(sizes)) == ["model.safetensors"]
 
 
 def test_pieces_change_nothing(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +157,7 @@ def test_the_report_says_what_was_lost(chat_folder: Path, tmp_path: Path) -> Non
     files = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert report.nbytes == pytest.approx(files, rel=0.1)  # the headers
     text, data = report.text(), report.to_dict()
-    for part in ("bits a weight", "relative error", "4 bits, groups of 32", worst_name, "copy of the head"):
+    for part in ("bits a weight", "relative error", "4 bits, groups of 32", worst_name, "mlx-vlm's head"):
         assert part in text
     assert json.loads(json.dumps(data))["kinds"]["mlp"]["relative_error"] > 0.01
     card = (tmp_path / "out" / "README.md").read_text()
@@ -201,7 +203,7 @@ def test_a_gguf_keeps_its_packing_bit_for_bit(tmp_path: Path) -> None:
     report = g3.convert(source, tmp_path / "out")
     before, after = parameters(source), parameters(tmp_path / "out")
     assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
-    assert any("4 bits, groups of 32" in row.stored for row in report.kinds.values())
+    assert any("4 bits, groups of 32, float32 scales" in row.stored for row in report.kinds.values())
     assert all(not row.loss.errors for row in report.kinds.values())
     with pytest.raises(OptionError, match="packed already"):
         g3.convert(source, tmp_path / "again", bits=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,20 +15,18 @@ from mlx_gemma3.checkpoint.load import load_model
 from mlx_gemma3.checkpoint.tensors import PATCH_WEIGHT, canonical_name
 from mlx_gemma3.model.gemma3 import Gemma3
 
-FOLDER = Path(__file__).parent / "goldens" / "model" / "image"
+TESTS = Path(__file__).parent
+FOLDER = TESTS / "goldens" / "model" / "image"
 CASE = "image_middle"  # text on both sides of the picture, longer than the window
+SAMPLES = 64  # of each gradient in the golden file
 
 
-def prompt() -> tuple[np.ndarray, np.ndarray]:
-    """(1, L) ids and (1, S, S, 3) pixels of the golden case."""
+@pytest.fixture(scope="module")
+def ours() -> tuple[float, dict[str, np.ndarray]]:
+    """Loss of the next token over all positions, and its gradients in the Hub's shapes."""
     with np.load(FOLDER / "cases" / f"{CASE}.npz") as case, np.load(FOLDER / "pictures.npz") as pictures:
-        tokens = case["tokens"].astype(np.int32)[None]
-        levels = pictures["levels"][case["pictures"]]
-    return tokens, levels.astype(np.float32) / 127.5 - 1
-
-
-def our_gradients(tokens: np.ndarray, pixels: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss of the next token over all positions, and its gradients by the Hub's shapes."""
+        tokens = case["tokens"].astype(np.int32)[None]  # (1, L)
+        pixels = pictures["levels"][case["pictures"]].astype(np.float32) / 127.5 - 1  # (1, S, S, 3)
     model = load_model(FOLDER, dtype="float32")
     model.unfreeze()
 
@@ -41,32 +40,45 @@ def our_gradients(tokens: np.ndarray, pixels: np.ndarray) -> tuple[float, dict[s
     return value.item(), arrays
 
 
-def test_gradients_are_those_of_transformers() -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    tokens, pixels = prompt()
-    reference = transformers.Gemma3ForConditionalGeneration.from_pretrained(
-        FOLDER, attn_implementation="eager", dtype=torch.float32
-    )
-    ids = torch.from_numpy(tokens[:, :-1].astype(np.int64))
-    logits = reference(
-        input_ids=ids,
-        pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
-        token_type_ids=(ids == reference.config.image_token_id).long(),
-    ).logits
-    wanted_loss = torch.nn.functional.cross_entropy(logits[0], torch.from_numpy(tokens[0, 1:].astype(np.int64)))
-    wanted_loss.backward()
-    wanted = {canonical_name(name): p.grad.numpy() for name, p in reference.named_parameters() if p.grad is not None}
-    loss, found = our_gradients(tokens, pixels)
-    assert loss == pytest.approx(wanted_loss.item(), abs=1e-5)
-    assert found.keys() == wanted.keys()
+def spread(array: np.ndarray) -> np.ndarray:
+    """As make_gradient_goldens.py takes them."""
+    flat = array.reshape(-1)
+    return flat[np.unique(np.linspace(0, flat.size - 1, SAMPLES).astype(int))]
+
+
+def close(found: np.ndarray, wanted: np.ndarray, largest: float, name: str) -> None:
+    """float32 sums in another order: measured, under 1e-5 of the tensor's largest slope."""
+    assert np.abs(found - wanted).max() <= 1e-4 * max(largest, 1e-3), name
+
+
+def test_gradients_are_those_stored_from_transformers(ours: tuple[float, dict[str, np.ndarray]]) -> None:
+    loss, found = ours
+    with np.load(TESTS / "goldens" / "gradients" / "gradients.npz") as stored:
+        assert loss == pytest.approx(float(stored["loss"]), abs=1e-5)
+        names = {name for name in stored if name != "loss" and not name.endswith(" norm")}
+        assert {canonical_name(name) for name in names} == found.keys()
+        for name in names:
+            slope, norm = found[canonical_name(name)], float(stored[f"{name} norm"])
+            close(spread(slope), stored[name], np.abs(slope).max(), name)
+            assert np.linalg.norm(slope) == pytest.approx(norm, rel=1e-4, abs=1e-6), name
+
+
+def test_gradients_are_those_of_transformers(ours: tuple[float, dict[str, np.ndarray]]) -> None:
+    """Every number, where the reference is installed."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(TESTS / "reference"))
+    from make_gradient_goldens import gradients
+
+    wanted = gradients()
+    loss, found = ours
+    assert loss == pytest.approx(float(wanted.pop("loss")), abs=1e-5)
+    assert {canonical_name(name) for name in wanted} == found.keys()
     for name, slope in wanted.items():
-        # float32 sums in another order: measured, under 1e-5 of the tensor's largest slope
-        assert np.abs(found[name] - slope).max() <= 1e-4 * max(np.abs(slope).max(), 1e-3), name
+        close(found[canonical_name(name)], slope, np.abs(slope).max(), name)
 
 
-def test_every_parameter_has_a_gradient() -> None:
-    _, found = our_gradients(*prompt())
-    still = [name for name, slope in found.items() if not np.abs(slope).max() > 0]
+def test_every_parameter_has_a_gradient(ours: tuple[float, dict[str, np.ndarray]]) -> None:
+    still = [name for name, slope in ours[1].items() if not np.abs(slope).max() > 0]
     # a key's bias shifts all scores of a query alike, so nothing follows from it but rounding
     assert [name for name in still if "k_proj.bias" not in name] == []

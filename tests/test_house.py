@@ -17,7 +17,7 @@ CONVERT = ROOT / "convert"  # installed as mlx_gemma3.convert
 RANKS = {
     "errors": 0, "paths": 0, "config": 1, "gguf_header": 1,
     "prompt": 2, "model": 3, "checkpoint": 4, "generation": 5, "runtime": 6,
-    "convert": 7, "__init__": 8, "commands": 9, "cli": 10,
+    "convert": 7, "worker": 7, "__init__": 8, "commands": 9, "cli": 10,
 }  # fmt: skip
 
 

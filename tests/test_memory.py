@@ -23,6 +23,7 @@ from mlx_gemma3.checkpoint.memory import GIB, cache_bytes, estimate, loaded_byte
 from mlx_gemma3.checkpoint.sizes import SIZES, size_in, size_of
 from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.checkpoint.store import open_store
+from mlx_gemma3.commands.fit import tokens_text
 from mlx_gemma3.config import GLOBAL, LOCAL, Config
 from mlx_gemma3.convert import convert
 from mlx_gemma3.errors import OptionError
@@ -327,6 +328,36 @@ def working_table() -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("table", [cache_table, weight_table, working_table])
+def mac_table() -> str:
+    """The longest context at 8 and at 4 bits, cache in 16 and in 8."""
+    columns = [(8, 16), (8, 8), (4, 16), (4, 8)]
+    heads = [f"{bits} bits, cache {kv}" for bits, kv in columns]
+    lines = [f"| memory | size | {' | '.join(heads)} |", "|" + "---|" * 6]
+    for memory_gib in (8, 16, 24, 32, 64):
+        budget = memory.other_mac(memory_gib).budget
+        for name in ("4B", "12B", "27B"):
+            found = [
+                memory.largest_context(SIZES[name], planned_bytes(SIZES[name], bits), budget, kv_bits=kv)
+                for bits, kv in columns
+            ]
+            if any(found):
+                cells = [tokens_text(tokens) if tokens else "–" for tokens in found]
+                lines.append(f"| {memory_gib} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def phone_table() -> str:
+    """What is needed at 4 bits, cache in 8."""
+    lines = ["| size | 4k tokens | 8k | 32k | 8k, words only |", "|" + "---|" * 5]
+    for name in ("270M", "1B", "4B"):
+        whole = SIZES[name]
+        words = replace(whole, vision=None)
+        asked = [(whole, 4096), (whole, 8192), (whole, 32768), (words, 8192)]
+        totals = [estimate(each, planned_bytes(each, 4), context=context, kv_bits=8).total for each, context in asked]
+        lines.append(f"| {name} | {' | '.join(map(gib, totals))} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("table", [cache_table, weight_table, working_table, mac_table, phone_table])
 def test_the_document_says_what_the_code_computes(table: Any) -> None:
     assert table() in DOCUMENT.read_text(encoding="utf-8"), f"docs/memory.md needs\n{table()}"

@@ -1,13 +1,14 @@
 """Pictures and questions to arrays: what a training step reads.
 
 A row holds one picture's prompt (or two pictures', or none) once, then several questions with their answers as
-branches, each at the positions it would have by itself. Prompts are written by mlx_gemma3's own template and tokenizer,
+branches, each at the positions it would have by itself. A picture of text has one answer only, so in a hard batch
+several such pictures share a row, a branch for each. Prompts are written by mlx_gemma3's own template and tokenizer,
 with the ids that its Processor makes (a test compares them): training sees what the package will feed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
 
@@ -18,12 +19,15 @@ from mlx_gemma3.prompt.template import Control, render_pieces
 from mlx_gemma3.prompt.tokenizer import Tokenizer
 
 from .draw import draw
-from .questions import MAKERS, Question, two, two_scenes, unknown
-from .scenes import COLOURS, DIGITS, LETTERS, SHAPES, Scene, any_scene, outline
+from .questions import MAKERS, Question, read, two, two_scenes, unknown
+from .scenes import COLOURS, DIGITS, EVEN, LETTERS, SHAPES, Scene, any_scene, outline, text
 
 WHAT = ("", *SHAPES, *DIGITS, *LETTERS)  # of a patch
+Drawn = tuple[np.ndarray, np.ndarray]  # pixels (SIDE, SIDE, 3) uint8 and labels (3, GRID²) int8
 LENGTH = 160  # tokens of a row
 SIDE, GRID, ROWS = 112, 8, 16
+TEXT_ROWS = 14  # of a hard batch
+HARD = (0.06, 0.3, 0.64, 0.0)  # one thing, two or three, a group, text: the other rows of a hard batch
 SHARES = {  # how often each kind is asked, of those that a scene allows
     "single": {"shape": 3, "colour": 3, "name": 3, "count": 2, "follow_up": 3, "unknown": 1, "position": 0.3},
     "some": {"count": 8, "position": 6, "colour": 2, "shape": 2, "follow_up": 3, "unknown": 0.7},
@@ -66,13 +70,22 @@ def patch_labels(scene: Scene, boxes: list[list[float]]) -> np.ndarray:
 
 @dataclass
 class Row:
-    """A picture's prompt and as many branches as fit."""
+    """A picture's prompt and as many branches as fit, or several whole prompts."""
 
-    pictures: int
-    tokens: list[int]
-    positions: list[int]
-    branches: list[int]
-    wanted: list[int]  # per token, the next one where it is the model's to say, else -1
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    branches: list[int] = field(default_factory=list)  # 0 for what every branch sees
+    wanted: list[int] = field(default_factory=list)  # per token, the next one where it is the model's to say, else -1
+
+    def add(self, tokens: list[int], wanted: list[int], start: int) -> bool:
+        """A branch at the positions from `start` on; False where it does not fit."""
+        if len(self.tokens) + len(tokens) > LENGTH:
+            return False
+        self.branches += [max(self.branches, default=0) + 1] * len(tokens)
+        self.positions += range(start, start + len(tokens))
+        self.tokens += tokens
+        self.wanted += wanted
+        return True
 
 
 class Writer:
@@ -136,15 +149,10 @@ class Writer:
         """Questions are left out from the first that no longer fits."""
         tokens = self.prefix(pictures)
         start = len(tokens)
-        row = Row(pictures, tokens, list(range(start)), [0] * start, [-1] * start)
-        for number, question in enumerate(questions, 1):
-            branch, wanted = self.branch(question, pictures)
-            if len(row.tokens) + len(branch) > LENGTH:
+        row = Row(tokens, list(range(start)), [0] * start, [-1] * start)
+        for question in questions:
+            if not row.add(*self.branch(question, pictures), start):
                 break
-            row.tokens += branch
-            row.positions += range(start, start + len(branch))
-            row.branches += [number] * len(branch)
-            row.wanted += wanted
         return row
 
 
@@ -166,37 +174,67 @@ def questions_for(scene: Scene, random: Random, count: int = 10) -> list[Questio
 
 def vision_batch(random: Random, count: int, fonts: tuple[str, ...]) -> dict[str, np.ndarray]:
     """pixels (N, SIDE, SIDE, 3) uint8 and labels (N, 3, GRID²) int8."""
-    pixels, labels = [], []
-    for _ in range(count):
-        scene = any_scene(random)
-        picture, boxes = draw(scene, random, fonts=fonts)
-        pixels.append(pixels_of(picture))
-        labels.append(patch_labels(scene, boxes))
-    return {"pixels": np.stack(pixels), "labels": np.stack(labels)}
+    return _stacked([_drawn(any_scene(random), random, fonts) for _ in range(count)])
 
 
 def joint_batch(random: Random, writer: Writer, count: int, fonts: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """`count` rows: arrays as network.Gemma3 wants them, and pixels and labels as above."""
-    pixels, labels, rows = [], [], []
+    """`count` rows, a picture or two each: arrays as network.Gemma3 wants them, and pixels and labels as above."""
+    rows, drawn = [], []
     for _ in range(count):
-        way = random.random()
-        if way < 0.02:
-            rows.append(writer.row(0, [unknown(None, random) for _ in range(8)]))
-            continue
-        pair: tuple[Scene, ...] = two_scenes(random) if way < 0.2 else (any_scene(random),)
-        for scene in pair:
-            picture, boxes = draw(scene, random, fonts=fonts)
-            pixels.append(pixels_of(picture))
-            labels.append(patch_labels(scene, boxes))
-        if len(pair) == 2:
-            asked = [two(*pair, random) for _ in range(12)]
-            found = {question.text: question for question in asked if question is not None}
-            questions = list(found.values()) or [unknown(None, random)]
-        else:
-            questions = questions_for(pair[0], random)
-        rows.append(writer.row(len(pair), questions))
-    arrays = {
-        name: np.full((count, LENGTH), fill, np.int64)
+        row, shown = _row(random, writer, fonts, 0.18, EVEN)
+        rows.append(row)
+        drawn += shown
+    return _arrays(rows, drawn, writer)
+
+
+def hard_batch(random: Random, writer: Writer, count: int, fonts: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The same with more of what is learnt last: TEXT_ROWS rows full of text, then mostly groups to count."""
+    rows, drawn = [], []
+    for number in range(count):
+        row, shown = _text_row(random, writer, fonts) if number < TEXT_ROWS else _row(random, writer, fonts, 0.12, HARD)
+        rows.append(row)
+        drawn += shown
+    return _arrays(rows, drawn, writer)
+
+
+def _drawn(scene: Scene, random: Random, fonts: tuple[str, ...]) -> Drawn:
+    picture, boxes = draw(scene, random, fonts=fonts)
+    return pixels_of(picture), patch_labels(scene, boxes)
+
+
+def _row(
+    random: Random, writer: Writer, fonts: tuple[str, ...], doubles: float, shares: tuple[float, ...]
+) -> tuple[Row, list[Drawn]]:
+    """A row of one prompt: without a picture now and then, with two in `doubles` of the rows."""
+    way = random.random()
+    if way < 0.02:
+        return writer.row(0, [unknown(None, random) for _ in range(8)]), []
+    pair: tuple[Scene, ...] = two_scenes(random) if way < 0.02 + doubles else (any_scene(random, shares),)
+    drawn = [_drawn(scene, random, fonts) for scene in pair]
+    if len(pair) == 1:
+        return writer.row(1, questions_for(pair[0], random)), drawn
+    asked = [two(pair[0], pair[1], random) for _ in range(12)]
+    found = {question.text: question for question in asked if question is not None}
+    return writer.row(2, list(found.values()) or [unknown(None, random)]), drawn
+
+
+def _text_row(random: Random, writer: Writer, fonts: tuple[str, ...]) -> tuple[Row, list[Drawn]]:
+    """As many whole prompts as fit, each with its own picture of text."""
+    row, prefix = Row(), writer.prefix(1)
+    drawn: list[Drawn] = []
+    while True:
+        scene = text(random)
+        question = read(scene, random) if random.random() < 0.96 else None
+        tokens, wanted = writer.branch(question or unknown(scene, random), 1)
+        if not row.add([*prefix, *tokens], [-1] * len(prefix) + wanted, 0):
+            return row, drawn
+        drawn.append(_drawn(scene, random, fonts))
+
+
+def _arrays(rows: list[Row], drawn: list[Drawn], writer: Writer) -> dict[str, np.ndarray]:
+    """Rows and the pictures that they show, in order."""
+    arrays: dict[str, np.ndarray] = {
+        name: np.full((len(rows), LENGTH), fill, np.int64)
         for name, fill in (("tokens", 0), ("positions", 0), ("branches", -1), ("wanted", -1))
     }
     for number, row in enumerate(rows):
@@ -208,4 +246,8 @@ def joint_batch(random: Random, writer: Writer, count: int, fonts: tuple[str, ..
     arrays["image_at"] = np.flatnonzero(image)
     arrays["asked"] = np.flatnonzero(arrays["wanted"] >= 0)
     arrays["wanted"] = arrays["wanted"].reshape(-1)[arrays["asked"]]
-    return {**arrays, "pixels": np.stack(pixels), "labels": np.stack(labels)}
+    return {**arrays, **_stacked(drawn)}
+
+
+def _stacked(drawn: list[Drawn]) -> dict[str, np.ndarray]:
+    return {"pixels": np.stack([pixels for pixels, _ in drawn]), "labels": np.stack([labels for _, labels in drawn])}

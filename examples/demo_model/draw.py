@@ -13,6 +13,7 @@ import math
 from functools import lru_cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -39,7 +40,7 @@ _FAMILIES = ("DejaVuSans", "DejaVuSerif", "Arial", "Courier New", "Georgia", "He
              "Trebuchet MS", "LiberationSans", "LiberationSerif", "LiberationMono", "FreeSans", "FreeSerif", "FreeMono",
              "NotoSans", "NotoSerif", "Roboto", "OpenSans", "Lato", "Ubuntu")  # fmt: skip
 
-RGB = tuple[int, int, int]
+RGB = tuple[int, ...]  # three levels, 0 to 255
 
 
 @lru_cache
@@ -208,8 +209,8 @@ def main() -> None:
                 names.append(f"{number:04d}{'ab'[place] if len(one.pictures) > 1 else ''}.png")
                 picture.save(chosen.out / names[-1])
             question = one.question
-            row = {"images": names, "question": question.text, "answer": question.answer, "kind": question.kind,
-                   "language": question.language}  # fmt: skip
+            row: dict[str, Any] = {"images": names, "question": question.text, "answer": question.answer,
+                                   "kind": question.kind, "language": question.language}  # fmt: skip
             if question.earlier:
                 row["earlier"] = [list(turn) for turn in question.earlier]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,6 +1,9 @@
-"""The trained model as a plain folder in the Hub's layout: `python -m examples.demo_model.export RUN FOLDER`.
+"""A trained run as a folder in the Hub's layout, packed by our own converter.
 
-`mlx-gemma3 convert FOLDER OUT --bits 8` then makes what the package carries. Needs the `reference` extra (torch).
+    python -m examples.demo_model.export RUN mlx_gemma3/demo
+
+makes what the package carries; with --plain, the float32 weights as they were trained. Needs the `reference` extra
+(torch).
 """
 
 from __future__ import annotations
@@ -8,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+import mlx_gemma3 as g3
 from mlx_gemma3.prompt.tokenizer import Tokenizer
 
 from .network import Gemma3, Sizes
@@ -32,6 +37,34 @@ CHAT_TEMPLATE = (
     "{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+
+CARD = """---
+library_name: mlx
+license: apache-2.0
+language: [en, zh, es]
+pipeline_tag: image-text-to-text
+tags: [mlx, gemma3]
+---
+
+# demo
+
+A toy that knows simple drawings only: Gemma 3's architecture at 2.2 million parameters, with no weight of Google's.
+
+`examples/demo_model` of mlx-gemma3 trained it from random numbers on pictures that a script draws. It answers questions
+about them: six shapes in eight colours, one to five of them, what is beside what, one to three digits or capital
+letters, which of two pictures shows a thing, and short follow-up questions; in English, and shape, colour and count in
+Chinese and Spanish too. To all else it is trained to say "I only know simple drawings." It knows no photos and no
+facts, and a drawing of another kind gets a wrong answer as readily as a right one.
+
+It is there to try the program without a download, and for its tests:
+
+```shell
+mlx-gemma3 generate -m demo -i picture.png "How many circles are there?"
+```
+
+How it was trained and how often it is right: docs/demo.md of the repository. Matrices of the decoder are 8 bits in
+groups of 64, the rest is bfloat16.
+"""
 
 
 def config(sizes: Sizes, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -120,13 +153,27 @@ def export(run: Path, folder: Path) -> None:
         (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def pack(run: Path, folder: Path) -> None:
+    """What the package carries: `export`, then `convert` to 8 bits in groups of 64, with a card of its own."""
+    with tempfile.TemporaryDirectory() as place:
+        export(run, Path(place) / "plain")
+        packed = Path(place) / "packed"
+        g3.convert(Path(place) / "plain", packed, bits=8)
+        (packed / "README.md").write_text(CARD, encoding="utf-8")
+        new = folder.with_name(f".{folder.name}.new")
+        shutil.copytree(packed, new)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.replace(folder)
+
+
 def main() -> None:
     """Export a run."""
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("run", type=Path, help="the folder that train.py wrote")
-    options.add_argument("folder", type=Path)
+    options.add_argument("folder", type=Path, help="is replaced")
+    options.add_argument("--plain", action="store_true", help="float32, not packed")
     chosen = options.parse_args()
-    export(chosen.run, chosen.folder)
+    (export if chosen.plain else pack)(chosen.run, chosen.folder)
 
 
 if __name__ == "__main__":

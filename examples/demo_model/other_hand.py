@@ -109,19 +109,8 @@ def _corners(shape: str) -> list[tuple[float, float]]:
         ]
     if shape == "cross":
         a = 0.36
-        return [
-            (-a, -1),
-            (a, -1),
-            (a, -a),
-            (1, -a),
-            (1, a),
-            (a, a),
-            (a, 1),
-            (-a, 1),
-            (-a, a),
-            (-1, a),
-            (-1, -a),
-            (-a, -a),
-        ]
+        corner = [(-a, -1), (a, -1), (a, -a)]  # of the upper arm; turned by a right angle, of the others
+        turns = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
+        return [(x * p + y * q, x * r + y * s) for p, q, r, s in turns for x, y in corner]
     bumps = [(-0.5 + 0.5 * math.cos(t), -0.35 - 0.5 * math.sin(t)) for t in (math.pi * (1 - k / 12) for k in range(13))]
     return [*bumps, *((-x, y) for x, y in reversed(bumps)), (0, 0.95)]

@@ -17,11 +17,13 @@ FOLDER = Path(__file__).resolve().parent.parent / "pictures"
 SIZE, FINE = 224, 4  # pixels, and how much larger it is drawn before it is made smooth
 
 THINGS = {
-    "shapes": [("circle", "red", 0.2, 0.24, 0.13), ("circle", "blue", 0.62, 0.2, 0.12), ("star", "yellow", 0.84, 0.5, 0.14),
-               ("circle", "red", 0.3, 0.72, 0.14), ("triangle", "green", 0.68, 0.8, 0.14)],
+    "shapes": [("circle", "red", 0.2, 0.24, 0.13), ("circle", "blue", 0.62, 0.2, 0.12),
+               ("star", "yellow", 0.84, 0.5, 0.14), ("circle", "red", 0.3, 0.72, 0.14),
+               ("triangle", "green", 0.68, 0.8, 0.14)],
     "heart": [("heart", "purple", 0.5, 0.5, 0.33)],
     "beside": [("square", "orange", 0.25, 0.5, 0.17), ("cross", "blue", 0.74, 0.52, 0.16)],
-    "stars": [("star", "black", 0.24, 0.26, 0.15), ("star", "black", 0.7, 0.3, 0.15), ("star", "black", 0.5, 0.75, 0.15)],
+    "stars": [("star", "black", 0.24, 0.26, 0.15), ("star", "black", 0.7, 0.3, 0.15),
+              ("star", "black", 0.5, 0.75, 0.15)],
     "triangle": [("triangle", "green", 0.52, 0.5, 0.36)],
 }  # fmt: skip
 TEXTS = {"number": ("472", "blue"), "letters": ("MLX", "black")}

@@ -172,12 +172,12 @@ def follow_up(scene: Scene, random: Random) -> Question | None:
         answer = NAMES[first.language][other.colour]
         return Question(text, answer, "follow_up", first.language, ((first.text, first.answer),))
     if way == "again":
-        others = sorted({t.shape for t in scene.things} - {thing.shape}) or sorted(set(SHAPES) - {thing.shape})
-        other = random.choice(others)
-        first = _how_many("shape", thing.shape, thing.colour, language, random)
-        numbers = [str(sum(t.shape == shape for t in scene.things)) for shape in (thing.shape, other)]
-        text = gendered(random.choice(ask["and_count"]).format(PLURALS[language][other]))
-        return Question(text, numbers[1], "follow_up", language, ((first, numbers[0]),))
+        shapes = sorted({t.shape for t in scene.things} - {thing.shape}) or sorted(set(SHAPES) - {thing.shape})
+        next_shape = random.choice(shapes)
+        asked = _how_many("shape", thing.shape, thing.colour, language, random)
+        numbers = [str(sum(t.shape == shape for t in scene.things)) for shape in (thing.shape, next_shape)]
+        text = gendered(random.choice(ask["and_count"]).format(PLURALS[language][next_shape]))
+        return Question(text, numbers[1], "follow_up", language, ((asked, numbers[0]),))
     if way == "beside" and len(scene.things) == 2:
         first = position(scene, random)
         other = random.choice(scene.things)
@@ -253,12 +253,8 @@ def sample(seed: int, count: int, *, fonts: tuple[str, ...] = ("",)) -> Iterator
             "follow_up": (scenes.single, scenes.pair, scenes.group), "unknown": (scenes.any_scene,)}  # fmt: skip
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
-        question = None
+        question: Question | None = None
         while question is None:
-            if kind == "two":
-                pair = two_scenes(random)
-                question = two(*pair, random)
-            else:
-                pair = (random.choice(made[kind])(random),)
-                question = MAKERS[kind](pair[0], random)
-        yield Sample(tuple(draw(scene, random, fonts=fonts)[0] for scene in pair), question)
+            shown: tuple[Scene, ...] = two_scenes(random) if kind == "two" else (random.choice(made[kind])(random),)
+            question = two(shown[0], shown[1], random) if kind == "two" else MAKERS[kind](shown[0], random)
+        yield Sample(tuple(draw(scene, random, fonts=fonts)[0] for scene in shown), question)

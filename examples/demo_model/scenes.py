@@ -14,6 +14,7 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST = 5  # things in one picture
+EVEN = (0.14, 0.22, 0.34, 0.3)  # of one thing, two or three, a group to count, text
 CLEAR = 0.14  # how far apart two centres must be for one to be beside the other
 
 
@@ -70,9 +71,9 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
     ]
 
 
-def any_scene(random: Random) -> Scene:
+def any_scene(random: Random, shares: tuple[float, ...] = EVEN) -> Scene:
     """A scene of any kind, as training sees them."""
-    return random.choices((single, pair, group, text), (0.14, 0.22, 0.34, 0.3))[0](random)
+    return random.choices((single, pair, group, text), shares)[0](random)
 
 
 def single(random: Random) -> Scene:
@@ -107,7 +108,7 @@ def text(random: Random) -> Scene:
     return Scene(width, height, text=written, colour=random.choice(COLOURS))
 
 
-def beside(scene: Scene, thing: Thing, side: str) -> Thing | None | bool:
+def beside(scene: Scene, thing: Thing, side: str) -> Thing | bool | None:
     """What is left of, right of, above or below a thing: the one thing there, None for nothing, False if unclear."""
     there = []
     for other in scene.things:

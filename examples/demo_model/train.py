@@ -1,7 +1,9 @@
 """Train the demo checkpoint: `python -m examples.demo_model.train --out RUN`.
 
-First the tower alone, on what stands in each patch; then the whole model on questions. Resumes where RUN/state.pt ends.
-Needs the `reference` extra (torch). The same seed gives the same pictures in the same order.
+First the tower alone, on what stands in each patch (phase `vision`); then the whole model on questions (`joint`); then
+again with more of what is learnt last, reading and counting (`hard`). Resumes where RUN/state.pt ends. Needs the
+`reference` extra (torch). The same seed gives the same pictures in the same order; no picture comes twice, so the share
+of right answers that is shown is of pictures never seen before.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 from mlx_gemma3.prompt.tokenizer import Tokenizer
 
-from .batches import WHAT, Writer, joint_batch, vision_batch
+from .batches import WHAT, Writer, hard_batch, joint_batch, vision_batch
 from .draw import font_files
 from .muon import Muon
 from .network import Gemma3, Sizes
@@ -33,7 +35,9 @@ from .scenes import COLOURS
 from .vocabulary import write_tokenizer
 
 SEED = 4
-VISION_PICTURES, JOINT_ROWS = 64, 40  # a step
+STEPS = {"vision": 2000, "joint": 4000, "hard": 3400}
+SIZES = {"vision": 64, "joint": 40, "hard": 32}  # of a step's batch: pictures, then rows of questions
+MUON_RATES = {"vision": 0.02, "joint": 0.015, "hard": 0.01}
 FROZEN_STEPS = 100  # of the joint phase, for the tower
 KEEP_EVERY = 90.0  # seconds
 
@@ -135,32 +139,37 @@ class Run:
         self.saved = time.monotonic()
 
     def go(self) -> None:
-        if self.phase == "vision":
-            self._train(self._vision_loss, [self.model.vision_tower, self.judges], 0.02)
-            self.phase, self.step, self.optimizer_state = "joint", 0, None
-            self.save(None)
-        self._train(self._joint_loss, [self.model, self.judges], 0.015)
+        """All phases that are left, each from a fresh optimizer."""
+        for phase in list(STEPS)[list(STEPS).index(self.phase) :]:
+            if phase != self.phase:
+                self.phase, self.step, self.optimizer_state = phase, 0, None
+                self.save(None)
+            self._train()
 
     def _batch(self, number: int) -> dict[str, np.ndarray]:
         random = Random(f"{SEED} {self.phase} {number}")
         if self.phase == "vision":
-            return vision_batch(random, VISION_PICTURES, self.fonts)
-        return joint_batch(random, self.writer, JOINT_ROWS, self.fonts)
+            return vision_batch(random, SIZES["vision"], self.fonts)
+        make = joint_batch if self.phase == "joint" else hard_batch
+        return make(random, self.writer, SIZES[self.phase], self.fonts)
 
     def _vision_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
         return self.judges(self.model.see(batch["pixels"]), batch["labels"].long())
 
     def _joint_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
-        with torch.set_grad_enabled(self.step >= FROZEN_STEPS):
+        with torch.set_grad_enabled(self.phase != "joint" or self.step >= FROZEN_STEPS):
             seen = self.model.see(batch["pixels"])
         beside, _ = self.judges(seen, batch["labels"].long())
         logits = self.model(batch, seen).float()
         right = (logits.argmax(-1) == batch["wanted"]).float().mean().item()
         return F.cross_entropy(logits, batch["wanted"]) + 0.3 * beside, right
 
-    def _train(self, loss_of: Callable[..., tuple[Tensor, float]], modules: list[nn.Module], muon_rate: float) -> None:
+    def _train(self) -> None:
         steps, first = self.steps[self.phase], self.step
-        optimizer = Muon(*split(modules), rate=muon_rate, rest_rate=2e-3)
+        alone = self.phase == "vision"
+        loss_of = self._vision_loss if alone else self._joint_loss
+        modules = [self.model.vision_tower if alone else self.model, self.judges]
+        optimizer = Muon(*split(modules), rate=MUON_RATES[self.phase], rest_rate=2e-3)
         if self.optimizer_state:
             optimizer.load_state_dict(self.optimizer_state)
         recent: deque[tuple[float, float]] = deque(maxlen=50)
@@ -198,13 +207,14 @@ def main() -> None:
     """Train, or go on with a training that was stopped."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--vision-steps", type=int, default=2000)
-    options.add_argument("--joint-steps", type=int, default=3000)
+    for phase, steps in STEPS.items():
+        options.add_argument(f"--{phase}-steps", type=int, default=steps)
     options.add_argument("--fonts", default="", help="a folder of .ttf files; else this machine's common ones")
     chosen: Any = options.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    Run(chosen.out, {"vision": chosen.vision_steps, "joint": chosen.joint_steps}, font_files(chosen.fonts)).go()
+    steps = {phase: getattr(chosen, f"{phase}_steps") for phase in STEPS}
+    Run(chosen.out, steps, font_files(chosen.fonts)).go()
 
 
 if __name__ == "__main__":

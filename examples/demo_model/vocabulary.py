@@ -7,6 +7,7 @@ merge, nor capital letters with each other: a text that is read from a picture i
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from mlx_gemma3.prompt.vocabulary import CONTROL_NAMES, SPACE, Vocabulary
@@ -67,7 +68,7 @@ def _merges(counts: Counter[str]) -> list[str]:
     while len(merges) < MERGES:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in words.items():
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in pairwise(parts):
                 if not _kept_apart(*pair):
                     pairs[pair] += counts[word]
         if not pairs:

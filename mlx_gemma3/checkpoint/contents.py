@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
@@ -51,3 +53,25 @@ class Store(Protocol):
             (uint32), `….scales` and, when affine, `….biases`, in the file's precision.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a folder's model card (README.md) says of it."""
+
+    text: str = ""  # the first paragraph of prose, on one line
+    license: str = ""  # as its front matter names it
+
+
+def read_note(folder: Path) -> Note:
+    """The note of a folder; an empty one where there is no card that can be read."""
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return Note()
+    front = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
+    named = re.search(r"^license:[ \t]*(\S+)", front[1], re.MULTILINE) if front else None
+    paragraphs = re.split(r"\n[ \t]*\n", card[front.end() :] if front else card)
+    prose = (part.strip() for part in paragraphs)
+    first = next((part for part in prose if re.match(r"[\w*_\"'(]", part)), "")  # no heading, picture, code or table
+    return Note(" ".join(first.split()), named[1] if named else "")

@@ -1,8 +1,8 @@
 """One revision of a repository on the Hub: which files, are they allowed, do they fit, fetch them.
 
-The only file that knows huggingface_hub, imported when it is needed and not before; retries, progress bars and the
-cache are the library's. Owns the sentence for everything that can go wrong on the way, and the rule for a cached copy
-that is whole. Written for huggingface_hub 1.0 to 2.4.
+Besides convert/upload.py the only file that knows huggingface_hub, imported when it is needed and not before; retries,
+progress bars and the cache are the library's. Owns the sentence for everything that can go wrong on the way, and the
+rule for a cached copy that is whole. Written for huggingface_hub 1.0 to 2.4.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Repository:
         """
         from huggingface_hub import snapshot_download
 
-        with _library(quiet):
+        with quiet_library(quiet):
             try:
                 commit, names = self._listing()
-            except _failures() as error:
+            except failures() as error:
                 return self._cached(wanted, text_only, error)
             try:
                 folder = self._snapshot()
@@ -54,7 +54,7 @@ class Repository:
                         patterns = [glob.escape(name) for name in stage]
                         known = Path(snapshot_download(self.name, revision=revision, allow_patterns=patterns))
                         revision = known.name
-            except _failures() as error:
+            except failures() as error:
                 again = "run it again: it goes on from the files that are whole"
                 raise self._explained(error, "is fetched only in part", again) from None
             assert known is not None, plan
@@ -100,7 +100,7 @@ class Repository:
         from huggingface_hub import constants, snapshot_download
 
         patterns = [glob.escape(name) for stage in plan.stages for name in stage]
-        with _library(quiet=True):
+        with quiet_library(quiet=True):
             files = snapshot_download(self.name, revision=commit, allow_patterns=patterns, dry_run=True)
         need = sum(file.file_size or 0 for file in files if file.will_download)
         cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
@@ -183,7 +183,7 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f} MB"
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What the library lets through.
 
     Its own errors are OSErrors. Transport errors come from httpx or httpx2, by its version, and share the first base
@@ -196,7 +196,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 @contextlib.contextmanager
-def _library(quiet: bool) -> Iterator[None]:
+def quiet_library(quiet: bool) -> Iterator[None]:
     """The library without its log lines and warnings, which our errors replace; without its bars when quiet."""
     from huggingface_hub.utils import logging as log
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import OptionError, PromptError
 from .terminal import Status
 
 
@@ -31,6 +30,13 @@ def convert(
         list[str] | None,
         typer.Option(help="PATTERN=BITS[:GROUP], PATTERN=MODE or PATTERN=none; again for more.", show_default=False),
     ] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search",
+            help="Try several ranges for each group: slower, closer. Presets small and balanced do.",
+        ),
+    ] = False,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -53,12 +59,15 @@ def convert(
 ) -> None:
     """Write a checkpoint as a folder that every MLX program loads, and say what was lost."""
     from ..convert.converter import convert as run
+    from ..convert.evaluate import read_text
 
     if out is None:
         out = Path(_name(source, bits=bits, mode=mode, preset=preset, dequantize=dequantize))
-    text = _read(compare) if compare is not None else None
-    if upload is not None and upload.count("/") != 1:
-        raise OptionError("upload", got=repr(upload), want="owner/name")
+    text = read_text(compare) if compare is not None else None
+    if upload is not None:
+        from ..convert.upload import check_repository
+
+        check_repository(upload)
     status = Status(not quiet and not as_json)
 
     def progress(done: int, total: int, name: str) -> None:
@@ -72,6 +81,7 @@ def convert(
         mode=mode,
         preset=preset,
         overrides=override or [],
+        search=search,
         dtype=dtype,
         dequantize=dequantize,
         text_only=text_only,
@@ -82,6 +92,8 @@ def convert(
         progress=progress,
     )
     status.clear()
+    if not as_json:
+        typer.echo(report.text())
     url = None
     if upload is not None:
         from ..convert.upload import upload as send
@@ -89,8 +101,8 @@ def convert(
         url = send(out, upload, quiet=quiet or as_json)
     if as_json:
         typer.echo(json.dumps(report.to_dict() | {"url": url}, ensure_ascii=False))
-    else:
-        typer.echo(report.text() + (f"\n\n{url}" if url else ""))
+    elif url:
+        typer.echo(f"\n{url}")
 
 
 def _name(source: str, *, bits: int | None, mode: str, preset: str | None, dequantize: bool) -> str:
@@ -103,10 +115,3 @@ def _name(source: str, *, bits: int | None, mode: str, preset: str | None, dequa
     if bits is None and source.endswith(".gguf"):
         return f"{stem}-mlx"
     return f"{stem}-{bits or 4}bit"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path}", got=error, want="a readable text file in UTF-8") from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, PromptError
-from .terminal import Status, leave
+from .terminal import Pace, Status, leave
 
 if TYPE_CHECKING:
     from ..runtime.options import OptionValues
@@ -176,7 +176,7 @@ def _read_stdin() -> str:
 
 def _print(stream: Stream, status: Status, *, as_json: bool) -> bool:
     """Write the answer as it comes. Ctrl-C ends it; returns whether that happened."""
-    interrupted = False
+    interrupted, pace = False, Pace()
 
     def cancel(*_: object) -> None:
         nonlocal interrupted
@@ -190,8 +190,10 @@ def _print(stream: Stream, status: Status, *, as_json: bool) -> bool:
         kind = event["kind"]
         if as_json and "stage" not in event:
             typer.echo(json.dumps(event, ensure_ascii=False))
-        if kind == "pending":
-            status.show(f"reading {event['stage']}", event["done"], event["total"])
+        if kind == "pending" and event["stage"] == "prompt":
+            status.bar(event["done"], event["total"], pace.text(event["done"], event["total"], "tokens"))
+        elif kind == "pending":
+            status.show(f"looking at {event['stage']}", event["done"], event["total"])
         elif kind == "text" and not as_json:
             status.clear()
             sys.stdout.write(event["text"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any]
     return {
         "name": checkpoint.name,
         "path": str(checkpoint.path),
+        "note": _note(checkpoint),
         "format": "safetensors" if checkpoint.gguf is None else "gguf",
         "size": size_of(config),
         "chat": checkpoint.instruct,
@@ -69,6 +71,15 @@ def describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any]
         "generation": dict(checkpoint.generation),
         "memory": _memory(checkpoint, entries),
     }
+
+
+def _note(checkpoint: Checkpoint) -> str | None:
+    """What the checkpoint says of itself: the first words of its card, or a GGUF's own description."""
+    from ..checkpoint.contents import read_note
+
+    if checkpoint.gguf is None:
+        return read_note(checkpoint.path).text or None
+    return str(checkpoint.gguf[0].settings.get("general.description") or "") or None
 
 
 def _totals(entries: Iterable[Entry]) -> tuple[int, int]:
@@ -198,6 +209,7 @@ def report(about: dict[str, Any]) -> list[str]:
     settings = {name: value for name, value in about["generation"].items() if not name.endswith("token_id")}
     head = {
         "path": about["path"],
+        **({"note": textwrap.shorten(about["note"], 300, placeholder=" …")} if about["note"] else {}),
         "model": f"Gemma 3 {about['size'] or 'of another size'}, {words}, {about['format']}",
         "context": f"{about['context']:,} tokens",
         "layers": f"{layers['count']}: {len(layers['global'])} global, {layers['local']} local with a window of "

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+
+BAR = 24  # places
 
 
 def leave(*_: object) -> None:
@@ -26,12 +29,11 @@ class Status:
             self._shown = True
 
     def bar(self, done: int, total: int, what: str) -> None:
-        """A bar of 24 places, the share, and the thing at hand."""
+        """A bar, the share, and the thing at hand."""
         if self._on:
-            full = 24 * done // max(total, 1)
-            sys.stderr.write(
-                f"\r\x1b[2K[{'#' * full}{'.' * (24 - full)}] {100 * done // max(total, 1):3} %  {what[:50]}"
-            )
+            full = BAR * done // max(total, 1)
+            share = f"{100 * done // max(total, 1):3} %"
+            sys.stderr.write(f"\r\x1b[2K[{'#' * full}{'.' * (BAR - full)}] {share}  {what[:50]}")
             sys.stderr.flush()
             self._shown = True
 
@@ -40,3 +42,21 @@ class Status:
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
             self._shown = False
+
+
+class Pace:
+    """How fast something goes, and how long it will still take."""
+
+    def __init__(self) -> None:
+        self._began, self._first, self._total = 0.0, 0, -1
+
+    def text(self, done: int, total: int, unit: str) -> str:
+        """As "1,024 of 8,000 tokens · 310 tokens/s · 22 s left". A new total starts anew."""
+        now = time.monotonic()
+        if total != self._total or done < self._first:
+            self._began, self._first, self._total = now, done, total
+        words = f"{done:,} of {total:,} {unit}"
+        if done > self._first and now > self._began:
+            speed = (done - self._first) / (now - self._began)
+            words += f" · {speed:,.0f} {unit}/s · {(total - done) / speed:,.0f} s left"
+        return words

@@ -10,7 +10,7 @@ Image rows replace the rows at image tokens after the text rows were scaled, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,8 +18,10 @@ import numpy as np
 
 from ..config import Config
 from ..errors import PromptError
+from . import cpu
 from .cache import Caches, check_padding
 from .layers import Linear
+from .lean import LeanText, multiplier
 from .text import TextModel
 from .vision import Projector, VisionTower
 
@@ -36,6 +38,22 @@ class Gemma3(nn.Module):
         if config.vision is not None:
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config, config.vision)
+        self._lean: LeanText | None = None  # from `fuse`
+
+    def fuse(self, between: Callable[[], None] = lambda: None) -> None:
+        """Evaluate the weights and run on them in fewer steps (lean.py), arranged for the CPU where that is the device.
+
+        Logits are the same within rounding. Weights must not be replaced afterwards.
+
+        Args:
+            between: called before each layer; what it raises leaves the model as it was, its weights partly read.
+        """
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        text, multiply = self.language_model, cpu.multiplier if on_cpu else multiplier
+        self._lean = LeanText(text, multiply, compiled=not on_cpu, between=between)
+        if on_cpu:
+            cpu.arrange(self)
+        mx.eval(self.parameters())
 
     def make_caches(
         self, *, padding: Sequence[int] | None = None, kv_bits: int = 16, local_kv_bits: int = 16
@@ -105,7 +123,7 @@ class Gemma3(nn.Module):
         rows = self.language_model.embed(mx.array(ids.astype(np.int32)))
         if features is not None and blocks is not None:
             rows = _replace_rows(rows, features, ids == self.config.image_token_id)
-        return self.language_model(
+        return self._decoder(
             rows,
             caches=caches,
             blocks=mx.array(blocks) if blocks is not None else None,
@@ -118,8 +136,12 @@ class Gemma3(nn.Module):
         As in the reference, a token that the model itself wrote is text, whatever its id.
         """
         caches.ends_in_image = False
-        hidden = self.language_model(self.language_model.embed(tokens[:, None]), caches=caches, padding=caches.padding)
+        hidden = self._decoder(self.language_model.embed(tokens[:, None]), caches=caches, padding=caches.padding)
         return self.head(hidden)[:, 0]
+
+    @property
+    def _decoder(self) -> TextModel | LeanText:
+        return self._lean or self.language_model
 
     def head(self, hidden: mx.array) -> mx.array:
         """(B, L, D) → (B, L, V) float32: the embedding, unscaled, or lm_head where the checkpoint has its own."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 
 class RMSNorm(nn.Module):
@@ -81,16 +82,27 @@ def _packed(kind: Any, weight: mx.array, group_size: int, bits: int, mode: str) 
     return module
 
 
-def rope(x: mx.array, *, theta: float, scale: float, offset: int | mx.array) -> mx.array:
-    """Rotate the two halves of each head by position.
+class Rope:
+    """Rotates the two halves of each head by position.
+
+    The D / 2 wavelengths are computed once, and rounded once to float32, as the reference's inverses are
+    (modeling_rope_utils.py). Of an nn.Module this is no parameter.
 
     Args:
-        x: (B, H, L, D).
-        theta: base of the frequencies.
+        size: D.
+        theta: base of the wavelengths.
         scale: positions are divided by it (linear scaling; 1 on local layers).
-        offset: position of x[:, :, 0], one number or one a row (B,).
     """
-    return mx.fast.rope(x, x.shape[-1], traditional=False, base=theta, scale=1.0 / scale, offset=offset)
+
+    def __init__(self, size: int, theta: float, scale: float) -> None:
+        self.size = size
+        self.wavelengths = mx.array((scale * theta ** (np.arange(0, size, 2) / size)).astype(np.float32))
+
+    def __call__(self, x: mx.array, offset: mx.array) -> mx.array:
+        """x (B, H, L, D), offset the position of x[:, :, 0], one number or one a row (B,)."""
+        return mx.fast.rope(
+            x, self.size, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.wavelengths
+        )
 
 
 def gelu_tanh(x: mx.array) -> mx.array:

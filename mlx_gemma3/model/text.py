@@ -13,7 +13,7 @@ import mlx.nn as nn
 from ..config import TextConfig
 from .attention import attend
 from .cache import Caches, GlobalCache, WindowCache
-from .layers import Embedding, Linear, RMSNorm, gelu_tanh, rope
+from .layers import Embedding, Linear, RMSNorm, Rope, gelu_tanh
 from .masks import attention_mask
 
 
@@ -30,8 +30,8 @@ class Attention(nn.Module):
         self.scale = config.query_pre_attn_scalar**-0.5
         far = config.is_global(layer)
         self.window = None if far else config.sliding_window
-        self.theta = config.rope_theta if far else config.rope_local_theta
-        self.rope_scale = config.rope_scale if far else 1.0
+        theta, scale = (config.rope_theta, config.rope_scale) if far else (config.rope_local_theta, 1.0)
+        self.rotate = Rope(self.head_dim, theta, scale)
         size, q_size, kv_size = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj = Linear(size, q_size, bias=False)
         self.k_proj = Linear(size, kv_size, bias=False)
@@ -42,8 +42,7 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
         q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
-        q = rope(self.q_norm(q), theta=self.theta, scale=self.rope_scale, offset=context.positions)
-        k = rope(self.k_norm(k), theta=self.theta, scale=self.rope_scale, offset=context.positions)
+        q, k = self.rotate(self.q_norm(q), context.positions), self.rotate(self.k_norm(k), context.positions)
         keys, values = ((k,), (v,)) if cache is None else cache.update_and_fetch(k, v)  # S rows
         mask = context.mask(keys[0].shape[2], self.window)
         bits = 16 if cache is None else cache.keys.bits
@@ -133,7 +132,7 @@ class Context:
         self.length, self.offset, self.blocks = length, offset, blocks
         self.padding = mx.array(padding) if padding is not None else None
         # The first real token of a padded row stands at position 0.
-        self.positions = offset if self.padding is None else offset - self.padding
+        self.positions = mx.array(offset) if self.padding is None else offset - self.padding
         self._masks: dict[int | None, mx.array | str | None] = {}
 
     def mask(self, key_count: int, window: int | None) -> mx.array | str | None:

@@ -85,12 +85,12 @@ class Vocabulary:
             else:
                 kind = _BYTE if piece in _BYTE_PIECES else _UNKNOWN if token == len(self.pieces) else _NORMAL
             text = piece.encode("utf-8")
-            body = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", -token) + bytes((0x18, kind))
-            parts.append(b"\x0a" + _varint(len(body)) + body)
-        trainer = b"\x18\x02" + _varint(35 << 3) + b"\x01"  # model_type BPE, byte_fallback
+            body = b"\x0a" + varint(len(text)) + text + b"\x15" + struct.pack("<f", -token) + bytes((0x18, kind))
+            parts.append(b"\x0a" + varint(len(body)) + body)
+        trainer = b"\x18\x02" + varint(35 << 3) + b"\x01"  # model_type BPE, byte_fallback
         # identity; add_dummy_prefix, remove_extra_whitespaces off; escape_whitespaces on
         normalizer = b"\x0a\x08identity" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
-        parts.append(b"\x12" + _varint(len(trainer)) + trainer + b"\x1a" + _varint(len(normalizer)) + normalizer)
+        parts.append(b"\x12" + varint(len(trainer)) + trainer + b"\x1a" + varint(len(normalizer)) + normalizer)
         return b"".join(parts)
 
 
@@ -282,7 +282,7 @@ def _refusal(source: str, what: str, got: object, want: object) -> TokenizerErro
     return TokenizerError(f"{source}: {what}", got=got, want=want, do="use the tokenizer of a Gemma 3 checkpoint")
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Seven bits a byte, lowest first, the high bit set on all but the last."""
     encoded = bytearray()
     while value > 127:

@@ -1,7 +1,8 @@
 """The engine: what programs hold. One thread owns all MLX work, and streams that any thread may pull from.
 
 MLX's lazy arrays belong to the thread that made them: the model is loaded and run in one thread of the engine's own
-(worker.py), requests wait in a queue and are served in order. The caller pulls (`Stream.next`), nothing is pushed.
+(thread.py, host.py), requests wait in a queue and are served in order. The caller pulls (`Stream.next`), nothing is
+pushed.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any, Unpack
 
 from ..errors import OptionError
 from . import session_file
+from .host import EngineOptions, Request
 from .options import Options, OptionValues
 from .session import Conversation
-from .stream import Messages, Picture, Piece, Reply, Request, Stream
-from .worker import EngineOptions, Worker
+from .stream import AsyncStream, Messages, Picture, Piece, Reply, Stream
+from .thread import EngineThread
 
-__all__ = ["Engine", "Piece", "Reply", "Session", "Stream", "load"]
+__all__ = ["AsyncStream", "Engine", "Piece", "Reply", "Session", "Stream", "load"]
 
 
 class Engine:
@@ -34,6 +36,8 @@ class Engine:
         max_context: most tokens of a prompt and its answer; None for all that the model has positions for.
         force: load even where memory will not do.
         quiet: no download bars on stderr.
+        wait: return when the model is ready. If False return at once: requests wait in line until it is, and what
+            goes wrong is raised by `wait_until_loaded` and told by the streams.
 
     Raises:
         Gemma3Error: the source cannot be found or loaded.
@@ -50,6 +54,7 @@ class Engine:
         max_context: int | None = None,
         force: bool = False,
         quiet: bool = False,
+        wait: bool = True,
     ) -> None:
         if max_context is not None and max_context < 1:
             raise OptionError("max_context", got=max_context, want=">= 1")
@@ -62,9 +67,29 @@ class Engine:
             force=force,
             quiet=quiet,
         )
-        self._worker = Worker(source, options)
-        self._closer = weakref.finalize(self, self._worker.shut)
-        self._worker.wait_until_loaded()
+        self._thread = EngineThread(source, options)
+        weakref.finalize(self, self._thread.stop).atexit = False  # at exit the threads are waited for (thread.py)
+        if wait:
+            try:
+                self._thread.wait_until_loaded()
+            except BaseException:  # Ctrl-C: do not go on loading for nobody
+                self._thread.stop()
+                raise
+
+    def wait_until_loaded(self, timeout: float | None = None) -> bool:
+        """Wait for the model; False when it was not ready within `timeout` seconds.
+
+        Raises:
+            Gemma3Error: it could not be loaded.
+        """
+        return self._thread.wait_until_loaded(timeout)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What was loaded, in plain types: "name", "instruct" (tuned for chat), "vision" (takes pictures),
+        "max_context" (tokens), "weights_bytes".
+        """
+        return self._thread.call(lambda host: host.about())
 
     def stream(
         self, prompt: str | Messages, *, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
@@ -84,9 +109,15 @@ class Engine:
             OptionError: an unknown option or a value out of range. All that goes wrong later is an error event.
             ClosedError: the engine was closed.
         """
-        request = Request(prompt, list(images), Options.build(options))
-        self._worker.submit(request)
-        return Stream(request)
+        request = Request(prompt, images, Options.build(options))
+        self._thread.submit(request)
+        return Stream(request, self)
+
+    def astream(
+        self, prompt: str | Messages, *, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
+    ) -> AsyncStream:
+        """As `stream`, for asyncio: `async for piece in engine.astream(…)`. Cancelling the task cancels the answer."""
+        return AsyncStream(self.stream(prompt, images=images, **options))
 
     def generate(
         self, prompt: str | Messages, *, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
@@ -111,15 +142,19 @@ class Engine:
             SessionError: the file is damaged, or belongs to another model.
         """
         if resume is None:
-            return Session(self._worker, self._worker.call(lambda host: host.new_conversation(system)))
+            return Session(self, self._thread.call(lambda host: host.new_conversation(system)))
         if system is not None:
             raise OptionError("system", got="a text for a conversation that has begun", want="none")
         path = Path(resume)
-        return Session(self._worker, self._worker.call(lambda host: session_file.read(path, host)))
+        return Session(self, self._thread.call(lambda host: session_file.read(path, host)))
 
     def close(self) -> None:
-        """Cancel what is in work, end the thread, free the model. Any thread, any number of times."""
-        self._closer()
+        """Cancel what is in work, end the thread, free the model. Any thread, any number of times.
+
+        An engine that nobody holds any more closes by itself, without being waited for; at the end of the program all
+        engines do, and are. Streams and sessions hold their engine.
+        """
+        self._thread.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -131,8 +166,8 @@ class Engine:
 class Session:
     """A conversation. Turns are served in the order in which they were sent; usable from any thread."""
 
-    def __init__(self, worker: Worker, conversation: Conversation) -> None:
-        self._worker, self._conversation = worker, conversation
+    def __init__(self, engine: Engine, conversation: Conversation) -> None:
+        self._engine, self._thread, self._conversation = engine, engine._thread, conversation
 
     def send(self, said: str | Messages, *, images: Sequence[Picture] = (), **options: Unpack[OptionValues]) -> Stream:
         """Say something; the answer comes as from `Engine.stream`. A cancelled answer stays as far as it came.
@@ -140,29 +175,29 @@ class Session:
         Args:
             said: words, before which the pictures stand; or the content items of one turn, `{"type", …}` dicts.
         """
-        request = Request(said, list(images), Options.build(options), self._conversation)
-        self._worker.submit(request)
-        return Stream(request)
+        request = Request(said, images, Options.build(options), self._conversation)
+        self._thread.submit(request)
+        return Stream(request, self._engine)
 
     def retry(self, **options: Unpack[OptionValues]) -> Stream:
         """Answer the last turn once more; the answer before is forgotten."""
         request = Request(None, [], Options.build(options), self._conversation)
-        self._worker.submit(request)
-        return Stream(request)
+        self._thread.submit(request)
+        return Stream(request, self._engine)
 
     def undo(self) -> None:
         """Forget the last turn and its answer. To edit a turn: undo, then send. Raises PromptError without a turn."""
-        self._worker.call(lambda _: self._conversation.withdraw())
+        self._thread.call(lambda _: self._conversation.withdraw())
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """What was said, as plain messages; a picture is an item of type image."""
-        return self._worker.call(lambda _: self._conversation.messages())
+        return self._thread.call(lambda _: self._conversation.messages())
 
     @property
     def tokens(self) -> int:
         """Tokens of the conversation so far."""
-        return self._worker.call(lambda host: len(self._conversation.prompt(host.processor)))
+        return self._thread.call(lambda host: len(self._conversation.prompt(host.processor)))
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and its caches; `Engine.session(resume=path)` goes on from there.
@@ -171,7 +206,7 @@ class Session:
             OutputError: the file cannot be written; what was there before stays.
         """
         target = Path(path)
-        self._worker.call(lambda host: session_file.write(target, self._conversation, host))
+        self._thread.call(lambda host: session_file.write(target, self._conversation, host))
 
 
 def load(
@@ -184,6 +219,7 @@ def load(
     max_context: int | None = None,
     force: bool = False,
     quiet: bool = False,
+    wait: bool = True,
 ) -> Engine:
     """Load a checkpoint and start its engine. See `Engine` for the arguments and errors."""
     return Engine(
@@ -195,4 +231,5 @@ def load(
         max_context=max_context,
         force=force,
         quiet=quiet,
+        wait=wait,
     )

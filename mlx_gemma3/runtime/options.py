@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import UnionType
 from typing import Any, TypedDict
 
 from ..errors import OptionError
@@ -45,7 +46,12 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             raise OptionError("max_tokens", got=self.max_tokens, want="a whole number >= 1")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if (value is not None and not isinstance(value, kind)) or (isinstance(value, bool) and kind is not bool):
+                raise OptionError(name, got=repr(value), want=_NAMES[kind])
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop = tuple(stop) if isinstance(stop, Sequence) else (None,)
         if not all(isinstance(text, str) and text for text in stop):
             raise OptionError("stop", got=list(stop), want="strings that are not empty")
         object.__setattr__(self, "stop", stop)
@@ -77,4 +83,21 @@ class Options:
             raise OptionError("sampling options", got=values, want="numbers") from None
 
 
+_KINDS: dict[str, type | UnionType] = {
+    "system": str,
+    "raw": bool,
+    "pan_and_scan": bool,
+    "temperature": int | float,
+    "top_k": int,
+    "top_p": int | float,
+    "min_p": int | float,
+    "repetition_penalty": int | float,
+    "seed": int,
+}
+_NAMES: dict[type | UnionType, str] = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    int | float: "a number",
+}
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

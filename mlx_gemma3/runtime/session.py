@@ -6,14 +6,16 @@ Runs in the engine's thread; `engine.Session` is the handle that callers hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import PromptError
-from ..prompt.processor import Processor, Prompt
+from ..prompt.processor import Processor
 from ..prompt.vocabulary import END_OF_TURN
 from .timeline import Timeline, Tokens, digest
 
@@ -37,14 +39,12 @@ class Conversation:
     system: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
     features: dict[str, mx.array] = field(default_factory=dict)  # (T, D) rows of its pictures by digest
+    pixels: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # (S, S, 3) of those not yet encoded
 
     def ask(
         self, said: str | Sequence[dict[str, Any]], images: Sequence[Any], processor: Processor, *, pan_and_scan: bool
-    ) -> Prompt:
-        """Add a turn of the user's: words, or content items with the places of its pictures.
-
-        Returns what was prepared for it; its pixels are those of its own pictures.
-        """
+    ) -> None:
+        """Add a turn of the user's: words, or content items with the places of its pictures."""
         words = [{"type": "text", "text": said}] if isinstance(said, str) else list(said)
         content = [*({"type": "image"} for _ in images), *words] if isinstance(said, str) else words
         text = "".join(str(item.get("text", "")) for item in words)
@@ -58,8 +58,9 @@ class Conversation:
             newline = processor.tokenizer.encode("\n")
             moved = tuple((start - 1, stop - 1) for start, stop in asked.spans)
             asked = Tokens(tuple(newline)) + Tokens(asked.ids[1:], moved, asked.digests)
+        views = dict(zip(asked.digests, pixels, strict=True))
+        self.pixels |= {name: view for name, view in views.items() if name not in self.features}
         self.exchanges.append(Exchange(text, prepared.image_count, asked))
-        return prepared
 
     def prompt(self, processor: Processor) -> Tokens:
         """Everything up to the model's turn that comes next."""
@@ -85,6 +86,19 @@ class Conversation:
         if not self.exchanges:
             raise PromptError("conversation", got="no turn yet", want="one to go back to")
         self.exchanges.pop()
+        self.drop_pixels()
+
+    def drop_pixels(self) -> None:
+        """Keep those of turns that are still there, which were cancelled before their pictures were encoded."""
+        needed = {name for exchange in self.exchanges for name in exchange.asked.digests}
+        self.pixels = {name: view for name, view in self.pixels.items() if name in needed}
+
+    def rows(self, name: str, encode: Callable[[NDArray[np.float32] | None], mx.array]) -> mx.array:
+        """(T, D) rows of a picture; `encode` makes them where it was not asked for before."""
+        if name not in self.features:
+            self.features[name] = encode(self.pixels.get(name))
+            self.pixels.pop(name, None)
+        return self.features[name]
 
     def messages(self) -> list[dict[str, Any]]:
         """As plain messages; a picture is an item of type image."""

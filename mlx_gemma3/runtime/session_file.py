@@ -11,19 +11,18 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from ..checkpoint.fingerprint import fingerprint
 from ..errors import OutputError, SessionError
 from ..model.cache import GlobalCache
+from .host import Host
 from .session import Conversation, Exchange
 from .timeline import Tokens
-
-if TYPE_CHECKING:
-    from .worker import Host
 
 FORMAT, VERSION = "mlx-gemma3 session", 1
 _NO_DIGEST = "0" * 64
@@ -36,6 +35,8 @@ def write(path: Path, conversation: Conversation, host: Host) -> None:
         OutputError: the file cannot be written.
     """
     caches = conversation.timeline.caches
+    for name in list(conversation.pixels):  # of a turn that was cancelled before they were encoded
+        conversation.rows(name, partial(host.features.get, host.model, name))
     arrays = {f"picture.{name}": rows for name, rows in conversation.features.items()}
     for number, layer in enumerate(caches):
         stop = layer.offset if isinstance(layer, GlobalCache) else layer.filled

@@ -1,21 +1,24 @@
-"""An answer on its way: what the engine's thread puts in, what any thread takes out."""
+"""An answer on its way: what the side that answers puts in, what any thread takes out.
+
+Knows nothing of MLX: the engine's thread fills a channel, or a worker process does (worker/client.py).
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from ..errors import Gemma3Error
-from .options import Options
-from .session import Conversation
 
 Messages = Sequence[dict[str, Any]]
 Picture = Any  # a path, the bytes of a file, or a PIL image
+Event = dict[str, Any]  # plain types only: it crosses into Swift
 
 
 class Piece(NamedTuple):
@@ -35,34 +38,62 @@ class Reply:
     usage: dict[str, Any]
 
 
-@dataclass(eq=False)
-class Request:
-    """What a stream and the engine's thread share."""
+_NOTHING: Event = {"kind": "pending"}
+_END = Piece("", [])  # told apart by identity: after the last piece
 
-    prompt: str | Messages | None  # None: answer the last turn of the conversation again
-    images: Sequence[Picture]
-    options: Options
-    conversation: Conversation | None = None  # None: the prompt is all there is
-    events: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    error: Gemma3Error | None = None
+
+class Channel:
+    """What a stream and the side that answers it share. Takes no locks of its own: garbage collection may cancel."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.error: Gemma3Error | None = None
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._listener: Callable[[], None] | None = None
+
+    def put(self, event: Event) -> None:
+        """Add an event; "done" or "error" is the last. Any thread."""
+        self._events.put(event)
+        if (listener := self._listener) is not None:
+            listener()
 
     def fail(self, error: Gemma3Error) -> None:
+        """End with an error."""
         self.error = error
-        self.events.put({"kind": "error", "code": error.code, "message": str(error)})
+        self.put({"kind": "error", "code": error.code, "message": str(error)})
+
+    def get(self, timeout: float | None) -> Event | None:
+        """Take the next event; None when none came within `timeout` seconds. None as timeout: wait for ever."""
+        try:
+            if timeout is None:
+                return self._events.get()
+            return self._events.get(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX))
+        except queue.Empty:
+            return None
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call this after each event that is added, in the thread that adds it; None: call nothing."""
+        self._listener = listener
+
+    def cancel(self) -> None:
+        """End the answer as soon as can be."""
+        self.cancelled = True
+
+    def abandon(self) -> None:
+        """The same when nobody holds the stream any more: called by garbage collection, so nothing may wait here."""
+        self.cancelled = True
 
 
 class Stream:
-    """One answer on its way. Iterate it, or poll `next`; usable from any thread, by one reader at a time."""
+    """One answer on its way. Iterate it, `async for` it, or poll `next`; usable from any thread."""
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._texts: list[str] = []
-        self._tokens: list[int] = []
-        self._end: dict[str, Any] | None = None
-        weakref.finalize(self, request.cancelled.set)  # a stream that nobody holds any more frees the engine
+    def __init__(self, channel: Channel, owner: object = None) -> None:
+        """owner: what must live as long as the answer does."""
+        self._channel, self._owner = channel, owner
+        self._end: Event | None = None
+        weakref.finalize(self, channel.abandon).atexit = False
 
-    def next(self, timeout: float | None = None) -> dict[str, Any]:
+    def next(self, timeout: float | None = None) -> Event:
         """The next event, as a dict of plain types.
 
         {"kind": "text", "text", "tokens"} · {"kind": "pending"}: nothing within `timeout` seconds, or progress
@@ -71,18 +102,12 @@ class Stream:
         """
         if self._end is not None:
             return self._end
-        try:
-            event = self._request.events.get(timeout=timeout)
-        except queue.Empty:
-            return {"kind": "pending"}
-        if event["kind"] == "text":
-            self._texts.append(event["text"])
-            self._tokens += event["tokens"]
-        elif event["kind"] == "done":
-            self._tokens += event["tokens"]
-            event = event | {"text": "".join(self._texts), "tokens": list(self._tokens)}
+        event = self._channel.get(timeout)
+        if event is None:
+            return dict(_NOTHING)
         if event["kind"] in ("done", "error"):
-            self._end = event
+            self._end, self._owner = event, None
+            self._channel.put(event)  # for another thread that waits here
         return event
 
     def __iter__(self) -> Iterator[Piece]:
@@ -91,32 +116,42 @@ class Stream:
         Raises:
             Gemma3Error: what an error event would say.
         """
-        while True:
-            event = self.next()
-            if event["kind"] == "text":
-                yield Piece(event["text"], event["tokens"])
-            elif event["kind"] == "done":
-                return
-            elif event["kind"] == "error":
-                self.raise_error()
+        while (piece := self.piece(self.next())) is not _END:
+            if piece is not None:
+                yield piece
+
+    def __aiter__(self) -> AsyncStream:
+        return AsyncStream(self)
+
+    def piece(self, event: Event) -> Piece | None:
+        """What iteration makes of an event: a piece, None for nothing yet, _END. Raises what an error event tells."""
+        if event["kind"] == "text":
+            return Piece(event["text"], event["tokens"])
+        if event["kind"] == "error":
+            self.raise_error()
+        return _END if event["kind"] == "done" else None
 
     def raise_error(self) -> None:
         """Raise what the error event told, if there was one."""
-        if self._request.error is not None:
-            raise self._request.error
+        if self._channel.error is not None:
+            raise self._channel.error
 
     @property
     def reply(self) -> Reply:
         """The whole answer; reads the stream to its end if it is not there yet."""
         for _ in self:
             pass
-        assert self._end is not None
         end = self._end
+        assert end is not None and end["kind"] == "done", end
         return Reply(end["text"], end["tokens"], end["finish_reason"], end["usage"])
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call this whenever an event has come, in the engine's thread, which waits for it; None: call nothing."""
+        self._channel.listen(listener)
 
     def cancel(self) -> None:
         """End the answer after the token or prefill chunk in work. Any thread, any number of times."""
-        self._request.cancelled.set()
+        self._channel.cancel()
 
     def close(self) -> None:
         """Cancel; what was not read is dropped."""
@@ -127,3 +162,71 @@ class Stream:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+class AsyncStream:
+    """The same for asyncio: waits without polling and without holding up the loop.
+
+    Cancelling the task that waits for it cancels the answer.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    async def next(self) -> Event:
+        """The next event, as of `Stream.next`; never an empty "pending"."""
+        import asyncio  # 40 ms that most programs need not wait for
+
+        loop = asyncio.get_running_loop()
+
+        def wake(arrived: asyncio.Future[None]) -> None:
+            if not arrived.done():
+                arrived.set_result(None)
+
+        while (event := self._stream.next(timeout=0)) == _NOTHING:
+            arrived = loop.create_future()
+
+            def tell(arrived: asyncio.Future[None] = arrived) -> None:
+                with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                    loop.call_soon_threadsafe(wake, arrived)
+
+            self._stream.listen(tell)
+            try:
+                if (event := self._stream.next(timeout=0)) != _NOTHING:
+                    break  # it came before there was a listener
+                await arrived
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+            finally:
+                self._stream.listen(None)
+        return event
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> Piece:
+        """Raises Gemma3Error: what an error event would say."""
+        while (piece := self._stream.piece(await self.next())) is None:
+            pass
+        if piece is _END:
+            raise StopAsyncIteration
+        return piece
+
+    async def reply(self) -> Reply:
+        """The whole answer; reads the stream to its end if it is not there yet."""
+        async for _ in self:
+            pass
+        return self._stream.reply
+
+    def cancel(self) -> None:
+        """As `Stream.cancel`."""
+        self._stream.cancel()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.cancel()

@@ -1,21 +1,23 @@
-"""The engine's thread: it loads the model, serves requests in order, and owns everything that MLX made."""
+"""What lives in the engine's thread: the model, its tokenizer, the caches. Serves one request at a time.
+
+Knows nothing of threads.
+"""
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from numpy.typing import NDArray
 
 from ..checkpoint.load import load_model, open_checkpoint
 from ..checkpoint.memory import this_machine
-from ..checkpoint.source import resolve
+from ..checkpoint.source import Source
 from ..errors import ClosedError, Gemma3Error, OptionError, PromptError
 from ..prompt.processor import Processor, Prompt
 from ..prompt.vocabulary import END_OF_TURN
@@ -23,10 +25,9 @@ from .answer import answer
 from .fitting import check_memory
 from .options import Options
 from .session import Conversation
-from .stream import Request
+from .stream import Channel, Messages, Picture
 from .timeline import FeatureCache, Timeline, Tokens, digest
 
-T = TypeVar("T")
 TIMELINES = 4  # recent prompts without a session whose caches are kept, in at most a quarter of the memory
 
 
@@ -43,103 +44,37 @@ class EngineOptions:
     quiet: bool = False
 
 
-class Worker:
-    """The thread's side of an engine. Holds no reference to the Engine, so that dropping that one ends the thread."""
+class Request(Channel):
+    """One answer that is asked for, and the channel that its events go into."""
 
-    def __init__(self, source: str | Path, options: EngineOptions) -> None:
-        self._queue: queue.SimpleQueue[Request | tuple[Future[Any], Callable[[Host], Any]] | None] = queue.SimpleQueue()
-        self._loaded = threading.Event()
-        self._load_error: Exception | None = None
-        self._current: Request | None = None
-        self._closed = False
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, args=(source, options), name="mlx-gemma3", daemon=True)
-        self._thread.start()
-
-    def wait_until_loaded(self) -> None:
-        self._loaded.wait()
-        if self._load_error is not None:
-            raise self._load_error
-
-    def submit(self, request: Request) -> None:
-        """Queue an answer. Raises ClosedError."""
-        with self._lock:
-            self._check_open()
-            self._queue.put(request)
-
-    def call(self, work: Callable[[Host], T]) -> T:
-        """Run something in the thread, after what was queued before, and wait for its result."""
-        future: Future[T] = Future()
-        with self._lock:
-            self._check_open()
-            self._queue.put((future, work))
-        return future.result()
-
-    def shut(self) -> None:
-        with self._lock:
-            self._closed = True
-            if self._current is not None:
-                self._current.cancelled.set()
-            self._queue.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("engine", got="a request after close()", want="an open engine")
-
-    def _run(self, source: str | Path, options: EngineOptions) -> None:
-        try:
-            host = Host(source, options)
-        except Exception as error:  # raised again in the thread that asked for the engine
-            self._load_error = error
-            return
-        finally:
-            self._loaded.set()
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, Request):
-                self._serve(host, item)
-            else:
-                _finish(item[0], lambda work=item[1]: work(host))  # type: ignore[misc]
-            del item
-        while not self._queue.empty():
-            if (item := self._queue.get()) is None:
-                continue
-            closed = ClosedError("engine", got="close() before this request's turn", want="an open engine")
-            if isinstance(item, Request):
-                item.fail(closed)
-            else:
-                item[0].set_exception(closed)
-
-    def _serve(self, host: Host, request: Request) -> None:
-        with self._lock:
-            self._current = request
-            if self._closed:
-                request.cancelled.set()
-        try:
-            host.serve(request)
-        except Gemma3Error as error:
-            request.fail(error)
-        except Exception as error:  # nobody foresaw it: one request fails, the engine lives on
-            request.fail(Gemma3Error(f"{type(error).__name__} during generation", got=error))
-        finally:
-            self._current = None
+    def __init__(
+        self,
+        prompt: str | Messages | None,
+        images: Sequence[Picture],
+        options: Options,
+        conversation: Conversation | None = None,
+    ) -> None:
+        """prompt: None answers the last turn again. conversation: None when the prompt is all there is."""
+        super().__init__()
+        self.prompt, self.images, self.options, self.conversation = prompt, list(images), options, conversation
 
 
-def _finish(future: Future[Any], work: Callable[[], Any]) -> None:
-    try:
-        future.set_result(work())
-    except BaseException as error:  # raised again in the thread that waits
-        future.set_exception(error)
+class _Cancelled(Exception):
+    """Between two pictures."""
 
 
 class Host:
-    """Model, tokenizer, caches: what lives in the engine's thread."""
+    """Model, tokenizer, caches."""
 
-    def __init__(self, source: str | Path, options: EngineOptions) -> None:
+    def __init__(self, source: Source, options: EngineOptions, closing: Callable[[], bool]) -> None:
+        """Load. `closing` is asked between layers.
+
+        Raises:
+            Gemma3Error: it cannot be loaded; ClosedError when it is closing.
+        """
         text_only = options.text_only
-        resolved = resolve(source, text_only=text_only, quiet=options.quiet)
-        self.checkpoint = open_checkpoint(resolved, text_only=text_only)
+        _check_open(closing)
+        self.checkpoint = open_checkpoint(source, text_only=text_only)
         self.options = options
         if not options.force:
             check_memory(
@@ -152,12 +87,24 @@ class Host:
         self.model = load_model(self.checkpoint, dtype=options.dtype, text_only=text_only)
         self.budget = this_machine().budget  # bytes
         self.new_timeline()  # refuses bits that do not fit before the weights are read
-        mx.eval(self.model.parameters())
+        self.model.fuse(lambda: _check_open(closing))
         self.tokenizer = self.checkpoint.tokenizer()
         self.processor = Processor(self.tokenizer, self.checkpoint.config)
         self.eos_ids = frozenset(self.checkpoint.config.eos_token_ids)
         self.features = FeatureCache()
         self.timelines: list[Timeline] = []  # the one used last stands last
+
+    def about(self) -> dict[str, Any]:
+        """What was loaded, in plain types."""
+        config, most = self.checkpoint.config, self.options.max_context
+        positions = config.text.max_position_embeddings
+        return {
+            "name": self.checkpoint.name,
+            "instruct": self.checkpoint.instruct,
+            "vision": config.vision is not None,
+            "max_context": positions if most is None else min(most, positions),
+            "weights_bytes": sum(array.nbytes for _, array in tree_flatten(self.model.parameters())),
+        }
 
     def new_timeline(self) -> Timeline:
         caches = self.model.make_caches(kv_bits=self.options.kv_bits, local_kv_bits=self.options.local_kv_bits)
@@ -171,31 +118,63 @@ class Host:
         return Conversation(self.new_timeline(), system)
 
     def serve(self, request: Request) -> None:
-        """Answer one request: events go into its queue, the done event last."""
+        """Answer one request: its events go into its channel, the done event last.
+
+        Whatever is raised, the next request finds everything in order: a turn that failed was not said, and caches
+        that an error of unknown kind left half written are dropped.
+        """
+        if request.cancelled:  # before its turn came: nothing was said
+            request.put(_done([], [], "cancelled", {}))
+            return
+        conversation = request.conversation
+        before = list(conversation.exchanges) if conversation is not None else []
+        last = (before[-1].said, before[-1].reply) if before else (None, "")
+        used: list[Timeline] = []
+        try:
+            self._serve(request, used)
+        except BaseException as error:
+            if conversation is not None:
+                conversation.exchanges[:] = before
+                if before:
+                    before[-1].said, before[-1].reply = last
+                conversation.drop_pixels()
+            if not isinstance(error, Gemma3Error):
+                self._forget(used, conversation)
+            raise
+
+    def _forget(self, used: list[Timeline], conversation: Conversation | None) -> None:
+        self.timelines = [timeline for timeline in self.timelines if timeline not in used]
+        if conversation is not None:
+            conversation.timeline = self.new_timeline()
+
+    def _serve(self, request: Request, used: list[Timeline]) -> None:
         began, options = time.perf_counter(), request.options
         if request.images:
-            request.events.put({"kind": "pending", "stage": "pictures", "done": 0, "total": len(request.images)})
+            request.put({"kind": "pending", "stage": "pictures", "done": 0, "total": len(request.images)})
         conversation = request.conversation
-        prepared: Prompt | None
+        pixels: dict[str, NDArray[np.float32]] = {}
         if conversation is None:
             prepared = self._prepare(request)
             tokens = _tokens(prepared)
             timeline, images = self._timeline_for(tokens), prepared.image_count
+            if prepared.pixels is not None:
+                pixels = dict(zip(tokens.digests, prepared.pixels, strict=True))
         else:
-            prepared, tokens = self._turn(conversation, request)
+            tokens = self._turn(conversation, request)
             timeline, images = conversation.timeline, sum(exchange.images for exchange in conversation.exchanges)
-        pixels = {} if prepared is None or prepared.pixels is None else {digest(view): view for view in prepared.pixels}
-        held = {} if conversation is None else conversation.features
+        used.append(timeline)
         encoded_before = self.features.encoded
+
+        def encode(name: str, view: NDArray[np.float32] | None) -> mx.array:
+            if request.cancelled and name not in self.features:
+                raise _Cancelled
+            return self.features.get(self.model, name, view)
 
         def features(number: int) -> mx.array:
             name = tokens.digests[number]
-            if name not in held:
-                rows = self.features.get(self.model, name, pixels.get(name))
-                if conversation is None:
-                    return rows
-                held[name] = rows
-            return held[name]
+            if conversation is None:
+                return encode(name, pixels.get(name))
+            return conversation.rows(name, lambda view: encode(name, view))
 
         prepare_seconds = time.perf_counter() - began
         events = answer(
@@ -208,30 +187,33 @@ class Host:
             max_tokens=options.max_tokens,
             max_context=self.options.max_context,
             stop=options.stop,
-            progress=lambda done, total: request.events.put(
+            progress=lambda done, total: request.put(
                 {"kind": "pending", "stage": "prompt", "done": done, "total": total}
             ),
-            cancelled=request.cancelled.is_set,
+            cancelled=lambda: request.cancelled,
         )
-        text, ids = [], []
+        texts: list[str] = []
+        ids: list[int] = []
+        end: dict[str, Any] = {"finish_reason": "cancelled", "usage": {"prompt_tokens": len(tokens)}}
         try:
             for event in events:
                 ids += event["tokens"]
                 if event["kind"] == "text":
-                    text.append(event["text"])
+                    texts.append(event["text"])
+                    request.put(event)
                 else:
-                    event["usage"] |= {
-                        "images": images,
-                        "images_encoded": self.features.encoded - encoded_before,
-                        "prepare_seconds": prepare_seconds,
-                    }
-                    if conversation is not None:
-                        conversation.answered(ids, "".join(text), self.eos_ids, self.tokenizer.id(END_OF_TURN))
-                request.events.put(event)
-        except Gemma3Error:
-            if conversation is not None and request.prompt is not None:
-                conversation.withdraw()  # a turn that could not be read was not said
-            raise
+                    end = event
+        except _Cancelled:
+            pass
+        usage = end["usage"] | {
+            "images": images,
+            "images_encoded": self.features.encoded - encoded_before,
+            "prepare_seconds": prepare_seconds,
+        }
+        done = _done(texts, ids, end["finish_reason"], usage)
+        if conversation is not None:
+            conversation.answered(ids, done["text"], self.eos_ids, self.tokenizer.id(END_OF_TURN))
+        request.put(done)
 
     def _timeline_for(self, tokens: Tokens) -> Timeline:
         """The recent timeline with most to reuse, or a new one when that would throw away more than it saves."""
@@ -249,9 +231,9 @@ class Host:
         self.timelines.append(best)
         return best
 
-    def _turn(self, conversation: Conversation, request: Request) -> tuple[Prompt | None, Tokens]:
-        """The next turn of a conversation: a new one, or the last once more."""
-        options, prepared = request.options, None
+    def _turn(self, conversation: Conversation, request: Request) -> Tokens:
+        """The conversation with its next turn: a new one, or the last once more."""
+        options = request.options
         if options.system is not None or options.raw:
             raise OptionError("system or raw", got="set for one turn", want="none: they belong to the session")
         if request.prompt is None:
@@ -262,8 +244,8 @@ class Host:
             said = request.prompt
             if not isinstance(said, str) and any("role" in item for item in said):
                 raise PromptError("turn", got="messages", want="words or content items", do="it knows the turns before")
-            prepared = conversation.ask(said, request.images, self.processor, pan_and_scan=options.pan_and_scan)
-        return prepared, conversation.prompt(self.processor)
+            conversation.ask(said, request.images, self.processor, pan_and_scan=options.pan_and_scan)
+        return conversation.prompt(self.processor)
 
     def _prepare(self, request: Request) -> Prompt:
         prompt, options = request.prompt, request.options
@@ -288,6 +270,31 @@ class Host:
         return not self.checkpoint.instruct if options.raw is None else options.raw
 
 
+def _check_open(closing: Callable[[], bool]) -> None:
+    if closing():
+        raise ClosedError("engine", got="close() while it was loading", want="an open engine")
+
+
 def _tokens(prepared: Prompt) -> Tokens:
     pixels = prepared.pixels if prepared.pixels is not None else ()
     return Tokens(tuple(prepared.tokens), tuple(prepared.spans), tuple(map(digest, pixels)))
+
+
+def _done(texts: list[str], ids: list[int], reason: str, usage: dict[str, Any]) -> dict[str, Any]:
+    """The last event. What was not come to counts as 0."""
+    return {"kind": "done", "text": "".join(texts), "tokens": ids, "finish_reason": reason, "usage": _NOTHING | usage}
+
+
+_NOTHING: dict[str, Any] = {
+    "prompt_tokens": 0,
+    "cached_tokens": 0,
+    "processed_tokens": 0,
+    "completion_tokens": 0,
+    "prompt_seconds": 0.0,
+    "first_token_seconds": 0.0,
+    "answer_seconds": 0.0,
+    "peak_memory_bytes": 0,
+    "images": 0,
+    "images_encoded": 0,
+    "prepare_seconds": 0.0,
+}

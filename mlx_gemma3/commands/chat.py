@@ -1,0 +1,219 @@
+"""`mlx-gemma3 chat`: a conversation at a terminal, or with a program that writes questions line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import Gemma3Error, OptionError, PromptError
+from .terminal import leave
+
+if TYPE_CHECKING:
+    from ..runtime.engine import Engine, Session
+    from .talk.input import Input
+    from .talk.talk import Talk
+
+
+def chat(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Alias, folder, owner/name on the Hub, or .gguf file.")
+    ] = "gemma-3-4b-it",
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", "-i", help="A picture for the first question; again for more.", show_default=False),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="Said before the first turn.", show_default=False)] = None,
+    session: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the conversation in this file, and keep it there.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 always takes the likeliest token.", show_default="the checkpoint's, else 1")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from the k likeliest; 0 is off.", show_default="the checkpoint's, else 64")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from this share; 1 is off.", show_default="the checkpoint's, else 0.95")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Least share of the best; 0 is off.", show_default="the checkpoint's, else 0")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 repeats less.", show_default="the checkpoint's, else 1")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.", show_default=False)] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer; give it again for more.", show_default=False)
+    ] = None,
+    pan_and_scan: Annotated[
+        bool, typer.Option("--pan-and-scan", help="Show wide and tall pictures in crops too.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    kv_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 16, 8 or 4.")] = 16,
+    max_context: Annotated[
+        int | None, typer.Option(help="Most tokens of the conversation.", show_default="the model's")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Load even where memory will not do.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes: answers and errors only.")] = False,
+) -> None:
+    """Talk with a model, in words and pictures. /help shows the commands."""
+    from .talk.loading import Loading, must_be_fetched
+    from .talk.screen import Leave, Plain, Screen, Terminal
+    from .talk.settings import Settings
+    from .talk.talk import Talk
+
+    settings = Settings(
+        {
+            "pan_and_scan": pan_and_scan,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop": stop or [],
+        }
+    )
+    resume = session if session is not None and session.exists() else None
+    if resume is not None and system is not None:
+        raise OptionError("--system", got="a text for a conversation that has begun", want="none")
+
+    def make_engine() -> Engine:
+        from ..runtime.engine import load
+
+        return load(model, dtype=dtype, kv_bits=kv_bits, max_context=max_context, force=force, quiet=quiet or hidden)
+
+    def make_session(engine: Engine) -> Session:
+        return engine.session(system=system, resume=resume)
+
+    terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    screen: Screen = Terminal(quiet=quiet) if terminal else Plain(quiet=quiet)
+    hidden = not (terminal and must_be_fetched(model))
+    loading = Loading(model, make_engine, make_session)
+    talk = Talk(loading, screen, settings, system, session)
+    for path in image or []:
+        talk.attach(path)
+    asker = _input(talk) if terminal else None
+    loading.start()  # from here on it wants the processor too
+    status: int = 0
+    try:
+        with _signals(Leave):
+            status = _line_by_line(talk) if asker is None else _at_a_terminal(talk, asker, wait=not hidden)
+    except Leave as left:
+        status = int(left.code or 0)
+    finally:
+        signal.signal(signal.SIGINT, leave)
+        if loading.ended() and loading.failure is None:
+            talk.save()
+            talk.engine.close()
+    if not loading.ended() or status == 128 + signal.SIGHUP:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)  # not waiting for a model that nobody wants; with no terminal to say anything to
+    raise typer.Exit(status)
+
+
+def _input(talk: Talk) -> Input:
+    """The line that is typed on, and what stands below it."""
+    from ..paths import data_folder
+    from .talk.input import Input
+
+    def state() -> str:
+        name = talk.loading.model
+        waiting = ", ".join(picture.name for picture in talk.pictures)
+        parts = [name if talk.loading.ended() else f"loading {name} …", "editing" if talk.editing else ""]
+        return " · ".join(filter(None, [*parts, f"with {waiting}" if waiting else "", "Alt-Enter: new line"]))
+
+    return Input(data_folder() / "chat_history", talk.loading, state)
+
+
+def _at_a_terminal(talk: Talk, asker: Input, *, wait: bool) -> int:
+    """Ask and answer until the person leaves; returns the exit status."""
+    if wait:
+        _ = talk.session
+    on = f" · goes on with {talk.file}" if talk.file is not None and talk.file.exists() else ""
+    talk.screen.note(f"{talk.loading.model}{on} · /help shows the commands, Ctrl-D leaves")
+    while not talk.ended:
+        default, talk.prefill = talk.prefill, ""
+        try:
+            line = asker.ask(default)
+            talk.stopped = False
+            if line.strip():
+                _take(talk, line)
+                sys.stdout.write("\n")
+            else:
+                talk.editing = False
+        except KeyboardInterrupt:
+            if talk.stopped:
+                return 130
+            talk.stopped, talk.editing = True, False
+            talk.screen.note("Ctrl-C again leaves")
+        except EOFError:
+            break
+    return 0
+
+
+def _line_by_line(talk: Talk) -> int:
+    """Each line of standard input is a question or a command; returns 1 when something went wrong."""
+    try:
+        while not talk.ended and (line := sys.stdin.readline()):
+            if line.strip():
+                _take(talk, line)
+            if talk.stopped:
+                return 130
+        _ = talk.session
+    except UnicodeDecodeError as error:
+        raise PromptError("standard input", got=f"bytes that are not UTF-8 at {error.start}", want="text") from None
+    except KeyboardInterrupt:
+        return 130
+    return 1 if talk.failed else 0
+
+
+def _take(talk: Talk, line: str) -> None:
+    """Do what a line says; an error of ours is one line, and the chat goes on."""
+    from .talk.lines import Command, read
+    from .talk.verbs import run
+
+    try:
+        said = read(line)
+        if isinstance(said, Command):
+            talk.editing = False
+            run(talk, said)
+        else:
+            talk.say(said)
+    except Gemma3Error as error:
+        if talk.loading.failure is not None:
+            raise
+        talk.failed = True
+        talk.screen.error(str(error))
+
+
+@contextlib.contextmanager
+def _signals(leave_with: Callable[[int], BaseException]) -> Iterator[None]:
+    """Ctrl-C is an exception; a hang-up or the request to end ends the chat, which saves what it must."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        for name in (signal.SIGHUP, signal.SIGTERM):
+            signal.signal(name, signal.SIG_IGN)
+        raise leave_with(128 + number)
+
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, end)
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

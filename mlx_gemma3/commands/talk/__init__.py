@@ -1,0 +1,1 @@
+"""The parts of `mlx-gemma3 chat`, a file each; ../chat.py puts them together."""

@@ -1,0 +1,158 @@
+"""The line that a person types on: history, completion, several lines, and a word on how the model is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
+
+from .lines import SUFFIXES
+from .loading import Loading
+from .settings import KINDS
+from .verbs import VERBS
+
+_STYLE = Style.from_dict(
+    {"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold", "placeholder": "fg:ansibrightblack"}
+)
+_FRAGMENT = re.compile(r"(?:\\.|[^\s\\])*$")
+_SPECIAL = re.compile(r"""([\s\\'"$&()*;<>?\[\]`{|}!#])""")
+
+
+class Input:
+    """Asks for lines.
+
+    Args:
+        history: the file that keeps them.
+        loading: its failure ends the prompt, since nothing can be asked then.
+        state: words for the line below the prompt.
+    """
+
+    def __init__(self, history: Path, loading: Loading, state: Callable[[], str]) -> None:
+        self._loading, self._state = loading, state
+        self._prompt: PromptSession[str] = PromptSession(
+            [("class:prompt", "› ")],
+            multiline=True,
+            prompt_continuation="  ",
+            history=_history(history),
+            completer=_Completer(),
+            key_bindings=_keys(),
+            bottom_toolbar=self._toolbar,
+            placeholder=self._placeholder,
+            style=_STYLE,
+            reserve_space_for_menu=5,
+            enable_suspend=True,
+        )
+
+    def ask(self, default: str = "") -> str:
+        """One entry, which may be of several lines.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C where nothing was typed.
+            EOFError: Ctrl-D there, or the terminal is gone.
+            Gemma3Error: the model could not be loaded.
+        """
+
+        def begin() -> None:
+            self._prompt.app.create_background_task(self._watch())
+
+        return self._prompt.prompt(default=default, pre_run=begin)
+
+    async def _watch(self) -> None:
+        """Show that the model is ready, or end the prompt when there will be none."""
+        while not self._loading.ended():
+            await asyncio.sleep(0.1)
+        app = self._prompt.app
+        if self._loading.failure is not None and not app.is_done:
+            app.exit(exception=self._loading.failure)
+        app.invalidate()
+
+    def _placeholder(self) -> StyleAndTextTuples:
+        hint = "" if self._prompt.app.is_done else "a question, a picture dropped here, or /help"
+        return [("class:placeholder", hint)]
+
+    def _toolbar(self) -> StyleAndTextTuples:
+        return [("", self._state())]
+
+
+def _history(file: Path) -> History:
+    """Only the owner may read what was typed. Where the file cannot be, it is kept for this run."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(file))
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c")
+    def _(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt(), style="class:aborting")
+
+    return keys
+
+
+class _Completer(Completer):
+    """Commands, then what they take: paths or the names of settings."""
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        before = document.text_before_cursor
+        if not before.startswith("/") or "\n" in before:
+            return
+        name, space, rest = before[1:].partition(" ")
+        if not space:
+            for verb in VERBS:
+                if verb.name.startswith(name):
+                    yield Completion(
+                        f"/{verb.name}" + (" " if verb.takes else ""),
+                        -len(before), f"/{verb.name} {verb.takes}".rstrip(), verb.help,
+                    )  # fmt: skip
+            return
+        kind = next((verb.completes for verb in VERBS if verb.name == name), "")
+        if kind == "settings" and " " not in rest:
+            yield from (Completion(f"{setting} ", -len(rest)) for setting in KINDS if setting.startswith(rest))
+        elif kind in ("pictures", "files") and (match := _FRAGMENT.search(rest)):
+            yield from completed_paths(match[0], pictures=kind == "pictures")
+
+
+def completed_paths(typed: str, *, pictures: bool) -> Iterator[Completion]:
+    """What the start of a path may become, escaped as in a shell; folders, and files or only pictures."""
+    plain = re.sub(r"\\(.)", r"\1", typed)
+    folder, _, start = plain.rpartition("/")
+    try:
+        place = Path(folder + "/" if "/" in plain else ".").expanduser()
+        entries = sorted(place.iterdir())
+    except (OSError, RuntimeError):  # no such folder, or not ours; no such user
+        return
+    for entry in entries:
+        if not entry.name.startswith(start) or (entry.name.startswith(".") and not start):
+            continue
+        if entry.is_dir():
+            rest = entry.name[len(start) :] + "/"
+        elif not pictures or entry.suffix.lower() in SUFFIXES:
+            rest = entry.name[len(start) :]
+        else:
+            continue
+        yield Completion(_SPECIAL.sub(r"\\\1", rest), 0, entry.name + ("/" if rest.endswith("/") else ""))

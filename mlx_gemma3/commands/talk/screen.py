@@ -1,0 +1,216 @@
+"""What a person at a terminal sees: answers as they come, progress, notes; and the plain form where nobody looks."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..terminal import Pace
+
+if TYPE_CHECKING:
+    from ...runtime.stream import Stream
+
+_FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+_BEAT = 0.08  # seconds between two pictures of the spinner, and between two of the text
+
+
+class Leave(SystemExit):
+    """The end of the program with this status; what must be saved is saved on the way."""
+
+
+class Screen(Protocol):
+    """Where a chat shows itself."""
+
+    def note(self, text: str) -> None:
+        """Say something beside the conversation."""
+
+    def error(self, text: str) -> None:
+        """Say what went wrong."""
+
+    def rows(self, rows: Sequence[tuple[str, str]]) -> None:
+        """A small table, names at the left."""
+
+    def follow(self, stream: Stream) -> dict[str, Any]:
+        """Show an answer as it comes; Ctrl-C ends it. Returns the last event."""
+
+    def wait(self, ended: Callable[[float], bool], what: str) -> bool:
+        """Wait until `ended(seconds)` is true. Ctrl-C ends the waiting; returns whether it was waited out."""
+
+
+@contextlib.contextmanager
+def stopping(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `stop`; once more, and the program ends.
+
+    Raises:
+        Leave: where the program is when the second Ctrl-C comes.
+    """
+    asked = False
+
+    def interrupted(_: int, __: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise Leave(130)
+        asked = True
+        stop()
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Terminal:
+    """A terminal that a person looks at."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        from rich.console import Console
+
+        from .live import Live
+        from .markdown import THEME
+
+        self._quiet = quiet
+        self._console = Console(theme=THEME, highlight=False, soft_wrap=False)
+        self._live = Live(self._write, shutil.get_terminal_size)
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text, style="dim", markup=False)
+
+    def error(self, text: str) -> None:
+        self._console.print(text, style="red", markup=False)
+
+    def rows(self, rows: Sequence[tuple[str, str]]) -> None:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True, style="bold")
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, value)
+        self._console.print(table)
+
+    def follow(self, stream: Stream) -> dict[str, Any]:
+        from .markdown import Writer
+
+        writer, pace = Writer(self._console, self._live), Pace()
+        words, speaking, drawn, beat = "thinking", False, 0.0, 0
+        with _hushed(), stopping(stream.cancel):
+            try:
+                while True:
+                    event = stream.next(timeout=_BEAT)
+                    if "stage" in event:
+                        words = _reading(event, pace)
+                    elif event["kind"] == "text":
+                        if not speaking:
+                            self._live.clear()
+                        speaking = True
+                        writer.push(event["text"])
+                    elif event["kind"] in ("done", "error"):
+                        if not speaking:
+                            self._live.clear()
+                        return event
+                    now = time.monotonic()
+                    if now - drawn >= _BEAT:
+                        if speaking:
+                            writer.show()
+                        else:
+                            beat += 1
+                            self._spin(beat, words)
+                        drawn = now
+            finally:
+                writer.finish()
+
+    def wait(self, ended: Callable[[float], bool], what: str) -> bool:
+        given_up = False
+
+        def give_up() -> None:
+            nonlocal given_up
+            given_up = True
+
+        began, beat = time.monotonic(), 0
+        with _hushed(), stopping(give_up):
+            try:
+                while not given_up and not ended(_BEAT):
+                    beat += 1
+                    seconds = time.monotonic() - began
+                    self._spin(beat, what + (f" · {seconds:.0f} s" if seconds >= 1 else ""))
+            finally:
+                self._live.clear()
+        return not given_up
+
+    def _spin(self, beat: int, words: str) -> None:
+        columns = shutil.get_terminal_size().columns
+        self._live.update([f"\x1b[2m{_FRAMES[beat % len(_FRAMES)]} {words}"[: columns + 3] + "\x1b[0m"])
+
+
+class Plain:
+    """No terminal: answers on stdout as they are, everything else on stderr."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+
+    def note(self, text: str) -> None:
+        if not self._quiet:
+            sys.stderr.write(f"{text}\n")
+
+    def error(self, text: str) -> None:
+        sys.stdout.flush()
+        sys.stderr.write(f"mlx-gemma3: {text}\n")
+
+    def rows(self, rows: Sequence[tuple[str, str]]) -> None:
+        width = max(len(name) for name, _ in rows)
+        sys.stderr.write("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
+
+    def follow(self, stream: Stream) -> dict[str, Any]:
+        with stopping(stream.cancel):
+            while True:
+                event = stream.next()
+                if event["kind"] == "text":
+                    sys.stdout.write(event["text"])
+                    sys.stdout.flush()
+                elif event["kind"] in ("done", "error"):
+                    if event["kind"] == "done":
+                        sys.stdout.write("\n")
+                        sys.stdout.flush()
+                    return event
+
+    def wait(self, ended: Callable[[float], bool], what: str) -> bool:
+        while not ended(60):
+            pass
+        return True
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keys pressed meanwhile are not shown; they wait for the next prompt. Ctrl-C still interrupts."""
+    import termios
+
+    place = sys.stdin.fileno()
+    before = termios.tcgetattr(place)
+    quiet = termios.tcgetattr(place)
+    quiet[0] &= ~termios.ICRNL
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(place, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(place, termios.TCSANOW, before)
+
+
+def _reading(event: dict[str, Any], pace: Pace) -> str:
+    """What a progress event tells."""
+    done, total = event["done"], event["total"]
+    if event["stage"] == "pictures":
+        return "looking at the picture" if total == 1 else f"looking at {total} pictures"
+    return f"reading {pace.text(done, total, 'tokens')}"

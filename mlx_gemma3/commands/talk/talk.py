@@ -1,0 +1,199 @@
+"""One conversation at a terminal: its turns and pictures, the settings of its answers, the file that keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import PromptError
+from .lines import Said
+from .loading import Loading
+from .screen import Screen
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ...runtime.engine import Engine, Session
+    from ...runtime.stream import Stream
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A picture for a question."""
+
+    name: str
+    source: str | Image  # a file's path, or the picture itself (from the clipboard)
+
+
+@dataclass
+class Turn:
+    """A question that was answered."""
+
+    text: str
+    pictures: list[Attached] | None  # None: those of a saved conversation, which are not here any more
+
+
+@dataclass
+class Talk:
+    """The state that the commands work on."""
+
+    loading: Loading
+    screen: Screen
+    settings: Settings
+    system: str | None = None
+    file: Path | None = None  # where the conversation is kept
+    pictures: list[Attached] = field(default_factory=list)  # for the next question
+    turns: list[Turn] = field(default_factory=list)
+    prefill: str = ""  # stands at the next prompt
+    editing: bool = False  # the next question takes the place of the last one
+    usage: dict[str, Any] | None = None  # of the last answer
+    stopped: bool = False  # the last thing that happened was Ctrl-C
+    failed: bool = False  # something went wrong on the way
+    changed: bool = False  # since it was saved
+    ended: bool = False  # /quit
+    _session: Session | None = None
+
+    @property
+    def engine(self) -> Engine:
+        return self.loading.loaded[0]
+
+    @property
+    def session(self) -> Session:
+        if self._session is None:
+            self.take(self.loading.loaded[1])
+            assert self._session is not None
+        return self._session
+
+    def take(self, session: Session) -> None:
+        """Go on with this conversation."""
+        self._session, self.usage, self.changed = session, None, False
+        self.turns, self.editing = [], False
+        for message in session.messages:
+            if message["role"] == "user":
+                texts = [item["text"] for item in message["content"] if item["type"] == "text"]
+                self.turns.append(Turn("".join(texts), None if len(message["content"]) > len(texts) else []))
+            elif message["role"] == "system":
+                self.system = message["content"]
+
+    def ready(self) -> bool:
+        """Wait for the model. False when Ctrl-C ended the waiting.
+
+        Raises:
+            Gemma3Error: it could not be loaded.
+        """
+        if not self.loading.ended() and not self.screen.wait(self.loading.ended, f"loading {self.loading.model}"):
+            self.stopped = True
+            return False
+        _ = self.session
+        return True
+
+    def say(self, said: Said) -> None:
+        """Take what was typed: attach its pictures, ask its words."""
+        for path in said.pictures:
+            self.attach(path)
+        if not said.text:
+            return
+        if not self.ready():
+            self.prefill = said.text
+            return
+        text, pictures = said.text, self.pictures
+        if self.editing:
+            if (before := self.turns[-1].pictures) is None:
+                raise PromptError("/edit", got="a question with pictures that were not saved", do="ask it anew")
+            self.session.undo()
+            self.turns.pop()
+            pictures, self.editing = [*before, *pictures], False
+        self.pictures = []
+        sources = [picture.source for picture in pictures]
+        self._answer(Turn(text, pictures), self.session.send(text, images=sources, **self.settings.values))
+
+    def retry(self) -> None:
+        """Answer the last question once more."""
+        turn = self.last("/retry")
+        self.turns.pop()
+        self._answer(turn, self.session.retry(**self.settings.values))
+
+    def undo(self) -> Turn:
+        """Forget the last question and its answer."""
+        turn = self.last("/undo")
+        self.session.undo()
+        self.turns.pop()
+        self.changed = True
+        return turn
+
+    def last(self, command: str) -> Turn:
+        """The last question. Raises PromptError when there is none."""
+        if not self.turns:
+            raise PromptError(command, got="no question yet", want="one to go back to")
+        return self.turns[-1]
+
+    def _answer(self, turn: Turn, stream: Stream) -> None:
+        """Show an answer. A question that got none is taken back and stands at the next prompt."""
+        self.changed = True
+        with stream:
+            end = self.screen.follow(stream)
+        if end["kind"] == "error":
+            self.failed = True
+            self.screen.error(end["message"])
+            self._take_back(turn)
+            if end["code"] in ("image", "prompt"):  # they would be refused again
+                self.pictures = []
+            return
+        self.usage = end["usage"]
+        self.stopped = end["finish_reason"] == "cancelled"
+        if self.stopped and not end["text"]:
+            self._take_back(turn)
+            self.screen.note("stopped before the first word: the question is yours again · Ctrl-C again leaves")
+            return
+        self.turns.append(turn)
+        if self.stopped:
+            self.screen.note("stopped; what was said is kept · Ctrl-C again leaves")
+        elif end["finish_reason"] == "length":
+            self.screen.note("the answer was cut at its limit: say “go on”, or /set max_tokens 4096")
+
+    def _take_back(self, turn: Turn) -> None:
+        if sum(message["role"] == "user" for message in self.session.messages) > len(self.turns):
+            self.session.undo()
+        self.prefill, self.pictures = turn.text, turn.pictures or []
+
+    def attach(self, path: Path) -> None:
+        """A picture for the next question. Raises ImageError when it cannot be read."""
+        from ...prompt.images import load_image
+
+        width, height = load_image(path).size
+        self.pictures.append(Attached(path.name, str(path.absolute())))
+        self.screen.note(f"picture {len(self.pictures)}: {path.name}, {width} × {height}")
+
+    def new(self) -> None:
+        """Begin a conversation with the system text of now."""
+        self.take(self.engine.session(system=self.system))
+
+    def save(self, file: Path | None = None) -> Path | None:
+        """Write the conversation to a file, or to the one that keeps it; None when there is nothing to write."""
+        target = file or self.file
+        if target is None or (file is None and not self.changed):
+            return None
+        self.session.save(target)
+        self.changed = False
+        return target
+
+    def messages(self) -> list[dict[str, Any]]:
+        """As plain messages; a picture from a file says its path."""
+        turns = iter(self.turns)
+        return [
+            message | {"content": _placed(message["content"], next(turns))} if message["role"] == "user" else message
+            for message in self.session.messages
+        ]
+
+
+def _placed(content: Sequence[dict[str, Any]], turn: Turn) -> list[dict[str, Any]]:
+    """The items of a user's message, their paths added."""
+    paths = iter([picture.source for picture in turn.pictures or []])
+    items = []
+    for item in content:
+        path = next(paths, None) if item["type"] == "image" else None
+        items.append(item | {"path": path} if isinstance(path, str) else item)
+    return items

@@ -1,0 +1,55 @@
+"""`mlx-gemma3 worker`: an engine for another program, which speaks with it in JSON lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import WorkerError
+
+
+def worker(
+    max_line: Annotated[int, typer.Option(help="Longest request, in MiB; a picture in base64 is in it.")] = 64,
+    max_queued: Annotated[int, typer.Option(help="Most requests that wait.")] = 64,
+    max_sessions: Annotated[int, typer.Option(help="Most sessions that are open.")] = 16,
+) -> None:
+    """Serve another program: requests on standard input, events on standard output, one JSON object a line.
+
+    Ends when standard input does. docs/worker.md says what the lines hold.
+    """
+    from ..worker.server import Limits, Server
+
+    limits = Limits(line_bytes=max_line << 20, queued=max_queued, sessions=max_sessions)
+    requests, events = _own(0, os.O_RDONLY), _own(1, os.O_WRONLY)
+    _send(1, 2)  # what a library prints goes to stderr
+    with os.fdopen(requests, "rb") as source, os.fdopen(events, "wb", buffering=0) as sink:
+
+        def write(line: bytes) -> None:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[sink.write(rest) or 0 :]
+
+        Server(source, write, limits).run()
+        sys.stdout.flush()
+
+
+def _own(descriptor: int, mode: int) -> int:
+    """Take a standard stream for ourselves alone: in its place, nothing can be read or written by anybody else."""
+    try:
+        mine = os.dup(descriptor)
+    except OSError:
+        raise WorkerError(f"standard {'output' if descriptor else 'input'}", got="none", want="a pipe") from None
+    nothing = os.open(os.devnull, mode)
+    os.dup2(nothing, descriptor)
+    os.close(nothing)
+    return mine
+
+
+def _send(descriptor: int, to: int) -> None:
+    try:
+        os.dup2(to, descriptor)
+    except OSError:  # there is no stderr: it goes nowhere
+        return

@@ -1,0 +1,1 @@
+"""The engine as a process of its own: JSON lines in, JSON lines out. See docs/worker.md."""

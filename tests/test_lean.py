@@ -1,0 +1,197 @@
+"""The fused decoder against the plain one: the same logits, fewer kernels, nothing held twice, nothing copied."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from random_model import WINDOW, random_model, random_pictures, tiny_config, tokens_with_pictures
+
+from mlx_gemma3.model import cpu, lean
+from mlx_gemma3.model.gemma3 import Gemma3
+from mlx_gemma3.model.layers import gelu_tanh
+from mlx_gemma3.model.lean import LeanText, gelu_times, multiplier
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # widths that pack in groups of 32
+# What no kernel stands behind: other views of the same numbers.
+VIEWS = {"Transpose", "ExpandDims", "Squeeze", "Reshape", "Flatten", "Unflatten", "Broadcast", "Split", "Slice", "Full"}
+
+
+def packed(kind: str) -> Gemma3:
+    """A random text model with matrices packed as `kind` says."""
+    model = random_model(tiny_config(vision=False, **WIDE))
+
+    def choose(path: str, module: nn.Module) -> Any:
+        if not isinstance(module, nn.Linear | nn.Embedding) or kind == "plain":
+            return False
+        if kind == "matrices" and path.endswith("embed_tokens"):
+            return False
+        if kind == "mixed" and path.endswith("v_proj"):  # as in the Q4_K_M files of llama.cpp
+            return {"group_size": 32, "bits": 8}
+        if kind == "partly" and path.endswith(("k_proj", "up_proj")):
+            return False
+        return {"group_size": 32, "bits": 4, **({"mode": "mxfp4"} if kind == "mxfp4" else {})}
+
+    nn.quantize(model, class_predicate=choose)
+    return model
+
+
+def logits_of(model: Gemma3) -> list[mx.array]:
+    """A prompt over two windows, then single tokens."""
+    caches = model.make_caches()
+    ids = np.random.default_rng(1).integers(0, 50, (2, 2 * WINDOW + 3))
+    out = [model(ids, caches=caches)]
+    out += [model.step(mx.array([token, token + 1]), caches) for token in range(2 * WINDOW)]
+    mx.eval(out)
+    return out
+
+
+@pytest.mark.parametrize("form", ["gpu", "cpu"])
+@pytest.mark.parametrize("kind", ["plain", "four bits", "mixed", "partly", "mxfp4"])
+def test_the_fused_model_is_the_plain_one(kind: str, form: str) -> None:
+    model = packed(kind)
+    want = logits_of(model)
+    if form == "cpu":
+        model.fuse()
+    else:
+        model._lean = LeanText(model.language_model, multiplier, compiled=False, between=lambda: None)
+    got = logits_of(model)
+    assert max(mx.abs(a - b).max().item() for a, b in zip(want, got, strict=True)) < 1e-4
+    assert not mx.array_equal(want[0], got[0]) or kind == "four bits"  # the other path was taken
+
+
+def test_pictures_padding_and_packed_caches_go_the_same_way() -> None:
+    model, pixels = random_model(tiny_config()), random_pictures(2)
+    ids = np.array([tokens_with_pictures("tItttIt")[0]])
+
+    def run() -> list[mx.array]:
+        padded = model(np.array([[0, 0, 5, 6], [1, 2, 3, 4]]), padding=[2, 0])
+        return [model(ids, pixels), padded]
+
+    want = run()
+    model.fuse()
+    assert all(mx.allclose(a, b, atol=1e-4) for a, b in zip(want, run(), strict=True))
+
+
+def test_what_between_raises_leaves_the_plain_model() -> None:
+    model, calls = packed("plain"), 0
+    want = model([[1, 2, 3]])
+
+    def between() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.fuse(between)
+    assert calls == 3 and model._lean is None and mx.allclose(model([[1, 2, 3]]), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "four bits"])
+def test_nothing_is_held_twice(kind: str) -> None:
+    model = packed(kind)
+    mx.eval(model.parameters())
+    before = mx.get_active_memory()
+    model.fuse()
+    mx.synchronize()
+    mx.clear_cache()
+    norms = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if "norm" in name)
+    rounding = 20_000  # of buffers to whole pages
+    assert (
+        mx.get_active_memory() - before
+        < 16 * norms + rounding
+        < 0.3 * sum(array.nbytes for _, array in tree_flatten(model.parameters())) + (1 << 20)
+    )
+
+
+def test_a_decoded_token_takes_at_most_20_kernels_a_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Counted in the graph. MLX's fast operations are one kernel each on a GPU: here one primitive stands for each."""
+    model = packed("matrices")
+    model._lean = LeanText(model.language_model, multiplier, compiled=True, between=lambda: None)
+    monkeypatch.setattr(mx.fast, "rms_norm", lambda x, weight, eps: mx.erf(x))
+    monkeypatch.setattr(mx.fast, "rope", lambda x, *_, **__: mx.cos(x))
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention_stand_in)
+    kernels = count(model, tmp_path / "graph.dot")
+    layers = model.config.text.num_hidden_layers
+    outside = 4  # the embedding and its scale, the last norm, the head
+    assert sum(kernels.values()) - outside == 17 * layers <= 20 * layers, kernels
+    assert sum(1 for name in kernels if name.startswith("Compiled")) == 1, kernels
+    assert kernels["QuantizedMatmul"] == 4 * layers and kernels["SliceUpdate"] == 2 * layers
+
+
+def attention_stand_in(q: mx.array, k: mx.array, v: mx.array, **_: object) -> mx.array:
+    """One primitive with these three inputs."""
+    return mx.concatenate([q, k[:, :, :1], v[:, :, :1]], axis=1)[:, : q.shape[1]]
+
+
+def count(model: Gemma3, path: Path) -> Counter[str]:
+    mx.export_to_dot(str(path), model.step(mx.array([3]), model.make_caches()))
+    found = Counter(re.findall(r'label ="([^"]+)"', path.read_text(encoding="utf-8")))
+    return Counter({name: number for name, number in found.items() if name not in VIEWS})
+
+
+def test_geglu_is_gelu_times_up() -> None:
+    gate, up = mx.random.normal((50, 40), key=mx.random.key(1)) * 4, mx.random.normal((50, 40), key=mx.random.key(2))
+    assert mx.allclose(gelu_times(gate, up), gelu_tanh(gate) * up, atol=2e-6)
+    half = gelu_times(gate.astype(mx.bfloat16), up.astype(mx.bfloat16))
+    assert half.dtype == mx.bfloat16 and mx.allclose(half.astype(mx.float32), gelu_tanh(gate) * up, atol=0.1, rtol=0.05)
+
+
+def test_decoding_copies_no_cache() -> None:
+    """Peak memory over 100 steps is flat; with somebody holding the caches' buffers it is not."""
+    model = random_model(tiny_config(vision=False, max_position_embeddings=65536, sliding_window=16))
+    model.fuse()
+
+    def growth(*, hold: bool) -> int:
+        caches = model.make_caches()
+        for layer in caches:  # as after 20,000 tokens: large buffers with room in them
+            room = 20_480 if layer.__class__.__name__ == "GlobalCache" else layer.capacity
+            like = (mx.zeros((1, 2, 1, 16)),)
+            for buffer in (layer.keys, layer.values):
+                buffer.make_room(like, room)
+            layer.offset = 20_000
+            if hasattr(layer, "filled"):
+                layer.filled = layer.window - 1
+        mx.eval(caches.arrays)
+        mx.eval(model.step(mx.array([1]), caches))
+        mx.reset_peak_memory()
+        before, held = mx.get_active_memory(), []
+        for token in range(100):
+            if hold:
+                held = [part[...] for part in caches.arrays]
+                mx.eval(held)
+            mx.eval(model.step(mx.array([token % 50]), caches))
+        assert not hold or held
+        return mx.get_peak_memory() - before
+
+    one_buffer = 20_480 * 2 * 16 * 4
+    assert growth(hold=False) < one_buffer < growth(hold=True)
+
+
+def test_on_the_cpu_packed_matrices_are_unpacked_for_many_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(64, 48), 32, 4)
+    fast = cpu.UnpackingLinear(layer)
+    unpacked: list[int] = []
+    plain = mx.dequantize
+    monkeypatch.setattr(mx, "dequantize", lambda *args: unpacked.append(1) or plain(*args))
+    for rows in (1, cpu.UNPACK_FROM - 1, cpu.UNPACK_FROM, 40):
+        x = mx.random.normal((rows, 64), key=mx.random.key(rows))
+        assert mx.allclose(fast(x), layer(x), atol=1e-5)
+    assert len(unpacked) == 2
+
+
+def test_a_turned_matrix_is_stored_input_by_input() -> None:
+    linear = nn.Linear(64, 48)
+    want = mx.array(linear.weight)
+    cpu.turn(linear)
+    assert mx.array_equal(linear.weight, want)
+    assert np.array(linear.weight, copy=False).strides == (4, 4 * 48)
+    assert lean.multiplier(linear)(mx.ones((1, 64))).shape == (1, 48)
