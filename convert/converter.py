@@ -156,6 +156,7 @@ def convert(
                 against=checkpoint,
                 progress=progress and (lambda what, done, total: progress(done, total, f"comparing: {what}")),
             )
+            report.comparison = replace(report.comparison, model=str(out))
         write_card(folder, report, checkpoint, command)
     return report
 

@@ -128,7 +128,7 @@ def evaluate(
     if images and against is None:
         raise OptionError("pictures", got=len(images), want="another checkpoint as well, to compare with (against)")
     if not text and not images:
-        raise PromptError("text", got="nothing", want=f"at least {MIN_TOKENS} tokens")
+        raise PromptError("text", got="nothing", want="a text, or pictures", do="give a file with --text")
     subjects = []
     for source in (model,) if against is None else (model, against):
         if not isinstance(source, Opened):

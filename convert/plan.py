@@ -114,7 +114,11 @@ def check_overrides(recipe: Recipe, jobs: Sequence[Job]) -> None:
             "vision_tower",
             "lm_head",
         ):
-            raise OptionError("override", got=f"{override.pattern!r}, which matches no matrix", want="a part of a name")
+            raise OptionError(
+                "override",
+                got=f"{override.pattern!r}, which matches no matrix",
+                want="a part of a name, as embed_tokens",
+            )
 
 
 def head_scales(checkpoint: Checkpoint, jobs: Sequence[Job]) -> dict[str, str]:

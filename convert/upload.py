@@ -14,7 +14,7 @@ from mlx_gemma3.errors import Gemma3Error, OfflineSource, OptionError, OutputErr
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Weights of an earlier upload that this one does not replace: programs would load them beside the new ones.
-_WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
+_WEIGHTS = ["model*.safetensors", "head-scales.safetensors", "model.safetensors.index.json"]
 
 
 def check_repository(name: str) -> None:

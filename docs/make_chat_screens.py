@@ -18,7 +18,7 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pyte
@@ -51,6 +51,7 @@ class Program:
         folder: where it runs.
         environment: over that of this process.
         python: options of the interpreter.
+        before: a program that runs first, in the same interpreter.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class Program:
         rows: int = 24,
         environment: Mapping[str, str] | None = None,
         python: tuple[str, ...] = (),
+        before: str = "",
     ) -> None:
         self._terminal, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.screen = _Screen(columns, rows, self._terminal)
         self._stream = pyte.ByteStream(self.screen)
         self._process = subprocess.Popen(
-            [sys.executable, *python, "-c", _START, *arguments],
+            [sys.executable, *python, "-c", f"{before}\n{_START}", *arguments],
             stdin=inner,
             stdout=inner,
             stderr=inner,
@@ -85,16 +87,20 @@ class Program:
     def press(self, keys: str) -> None:
         os.write(self._terminal, keys.encode())
 
-    def until(self, what: str, times: int = 1, seconds: float = 60) -> None:
-        """Wait until something stands on the screen so many times.
+    def until(self, what: str, times: int = 1) -> None:
+        """Wait until something stands on the screen, so many times.
 
         Raises:
             TimeoutError: it does not come; the message is the screen.
         """
+        self.watch(lambda text: text.count(what) >= times, what)
+
+    def watch(self, condition: Callable[[str], bool], what: str, seconds: float = 30) -> None:
+        """Wait until what stands on the screen fulfils a condition. Raises TimeoutError as `until` does."""
         end = time.monotonic() + seconds
-        while self.text.count(what) < times:
+        while not condition(self.text):
             if time.monotonic() > end or not self._read():
-                raise TimeoutError(f"{what!r} did not come:\n{self.text}")
+                raise TimeoutError(f"{what} did not come:\n{self.text}")
 
     def enter(self, line: str) -> None:
         """Type a line at an empty prompt, and send it."""
@@ -107,8 +113,17 @@ class Program:
         """Read to the end; returns the exit status."""
         while self._read():
             pass
-        os.close(self._terminal)
         return self._process.wait(seconds)
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it, if it has not ended."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._terminal)
 
     def _read(self) -> bool:
         """Take what comes within a moment; False at the end."""
@@ -156,25 +171,27 @@ def main() -> None:
         (folder / "heart.png").rename(folder / "my heart.png")
         own = {"MLX_GEMMA3_DATA": str(folder / "data")}
 
-        program = Program("chat", "--model", "demo", "--temperature", "0", folder=folder, environment=own, rows=34)
-        program.enter("./my\\ heart.png What shape is this?")
-        program.enter("And what colour is it?")
-        program.enter("/retry")
-        program.enter("/stats")
-        program.enter("/save hearts.session")
-        program.enter("/export hearts.md")
-        program.until("written to")
-        program.until(HINT)
-        _write(program, "conversation")
+        with Program(
+            "chat", "--model", "demo", "--temperature", "0", folder=folder, environment=own, rows=34
+        ) as program:
+            program.enter("./my\\ heart.png What shape is this?")
+            program.enter("And what colour is it?")
+            program.enter("/retry")
+            program.enter("/stats")
+            program.enter("/save hearts.session")
+            program.enter("/export hearts.md")
+            program.until("written to")
+            program.until(HINT)
+            _write(program, "conversation")
 
-        program.press("/reset\r")
-        program.until("a new conversation")
-        program.until(HINT)
-        program.press("\x0c/se")  # Ctrl-L clears the screen
-        program.until("a setting of the answers")
-        _write(program, "completion")
-        program.press("\x03\x03\x03")
-        program.ended()
+            program.press("/reset\r")
+            program.until("a new conversation")
+            program.until(HINT)
+            program.press("\x0c/se")  # Ctrl-L clears the screen
+            program.until("a setting of the answers")
+            _write(program, "completion")
+            program.press("\x03\x03\x03")
+            program.ended()
 
 
 def _write(program: Program, name: str) -> None:

@@ -42,7 +42,7 @@ def problems(value: Any, schema: dict[str, Any] | str, where: str = "") -> list[
         isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool)) for kind in kinds
     ):
         return [f"{where}: {value!r} is no {kinds}"]
-    if "const" in schema and value != schema["const"] or "enum" in schema and value not in schema["enum"]:
+    if ("const" in schema and value != schema["const"]) or ("enum" in schema and value not in schema["enum"]):
         found.append(f"{where}: {value!r}, not {schema.get('const', schema.get('enum'))}")
     if isinstance(value, dict):
         fields = schema.get("properties", {})

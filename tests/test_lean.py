@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx.utils import tree_flatten
 from random_model import WINDOW, random_model, random_pictures, tiny_config, tokens_with_pictures
 
 from mlx_gemma3.model import cpu, lean
+from mlx_gemma3.model.attention import attend_all, attend_all_padded
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.layers import gelu_tanh
 from mlx_gemma3.model.lean import LeanText, gelu_times, multiplier
@@ -136,6 +138,28 @@ def count(model: Gemma3, path: Path) -> Counter[str]:
     mx.export_to_dot(str(path), model.step(mx.array([3]), model.make_caches()))
     found = Counter(re.findall(r'label ="([^"]+)"', path.read_text(encoding="utf-8")))
     return Counter({name: number for name, number in found.items() if name not in VIEWS})
+
+
+def test_the_tower_attends_the_same_by_head_and_with_wider_heads() -> None:
+    q, k, v = (mx.random.normal((2, 3, 10, 72), key=mx.random.key(n)) for n in range(3))
+    want = attend_all(q, k, v, 0.1)
+    assert mx.allclose(attend_all_padded(q, k, v, 0.1), want, atol=1e-6)
+    assert mx.allclose(cpu.attend_by_head(q, k, v, 0.1), want, atol=1e-6)
+
+
+def test_on_the_cpu_a_picture_holds_the_scores_of_one_head() -> None:
+    q, k, v = (mx.random.normal((1, 8, 512, 16), key=mx.random.key(n)) for n in range(3))
+    mx.eval(q, k, v)
+    scores = 512 * 512 * 4  # bytes, of one head
+
+    def peak(attend: Callable[..., mx.array]) -> int:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(attend(q, k, v, 0.25))
+        return mx.get_peak_memory() - before
+
+    assert peak(cpu.attend_by_head) < 4 * scores < 8 * scores <= peak(attend_all)
 
 
 def test_geglu_is_gelu_times_up() -> None:

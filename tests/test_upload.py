@@ -229,3 +229,32 @@ def test_what_is_refused_before_any_network(tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path / "config.json"):
         with pytest.raises(SourceError, match=r"no config\.json"):
             upload(folder, "me/gemma")
+
+
+def test_the_command_converts_reports_and_uploads(text_folder: Path, tmp_path: Path) -> None:
+    with HubServer({}, writers={"mine": "me"}) as hub:
+        settings = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "mine",
+            "NO_PROXY": "*",
+            "PATH": os.environ.get("PATH", ""),
+        }
+        command = [sys.executable, "-W", "error", "-m", "mlx_gemma3.cli", "convert", str(text_folder), "out", "-q"]
+
+        def run(*words: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [*command, *words], env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=120
+            )
+
+        done = run("--bits", "4", "--upload", "me/gemma")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "bits a weight" in done.stdout and done.stdout.splitlines()[-1] == f"{hub.url}/me/gemma"
+        files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert hub.repos["me/gemma"].files == files and {"README.md", "head-scales.safetensors"} < files.keys()
+        plain = run("--dequantize", "--overwrite", "--upload", "me/gemma", "--json")
+        assert json.loads(plain.stdout)["url"] == f"{hub.url}/me/gemma"
+        assert "head-scales.safetensors" not in hub.repos["me/gemma"].files
+        refused = run("--bits", "4", "--overwrite", "--upload", "her/gemma")  # the folder and the report stay
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and "bits a weight" in refused.stdout

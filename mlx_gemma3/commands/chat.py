@@ -133,7 +133,7 @@ def _input(talk: Talk) -> Input:
         name = talk.loading.model
         waiting = ", ".join(picture.name for picture in talk.pictures)
         parts = [name if talk.loading.ended() else f"loading {name} …", "editing" if talk.editing else ""]
-        return " · ".join(filter(None, [*parts, f"with {waiting}" if waiting else "", "Alt-Enter: new line"]))
+        return " · ".join(filter(None, [*parts, f"with {waiting}" if waiting else "", "Esc Enter: new line"]))
 
     return Input(data_folder() / "chat_history", talk.loading, state)
 

@@ -71,7 +71,7 @@ def convert(
     status = Status(not quiet and not as_json)
 
     def progress(done: int, total: int, name: str) -> None:
-        status.bar(done, total, name)
+        status.bar(done, total, name.removeprefix("language_model.").removesuffix(".weight"))
 
     report = run(
         source,

@@ -19,6 +19,7 @@ import numpy as np
 from ..config import Config
 from ..errors import PromptError
 from . import cpu
+from .attention import attend_all_padded
 from .cache import Caches, check_padding
 from .layers import Linear
 from .lean import LeanText, multiplier
@@ -53,6 +54,9 @@ class Gemma3(nn.Module):
         self._lean = LeanText(text, multiply, compiled=not on_cpu, between=between)
         if on_cpu:
             cpu.arrange(self)
+        if self.config.vision is not None:
+            for layer in self.vision_tower.encoder.layers:
+                layer.self_attn.attend = cpu.attend_by_head if on_cpu else attend_all_padded
         mx.eval(self.parameters())
 
     def make_caches(

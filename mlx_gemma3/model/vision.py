@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import Config, VisionConfig
+from .attention import attend_all
 from .layers import Embedding, Linear, PatchConv, RMSNorm, gelu_tanh
 
 
@@ -39,6 +40,7 @@ class VisionAttention(nn.Module):
         self.k_proj = Linear(size, size, bias=True)
         self.v_proj = Linear(size, size, bias=True)
         self.out_proj = Linear(size, size, bias=True)
+        self.attend = attend_all  # Gemma3.fuse chooses what suits the device
 
     def __call__(self, x: mx.array) -> mx.array:
         count, length, _ = x.shape
@@ -46,7 +48,7 @@ class VisionAttention(nn.Module):
             proj(x).reshape(count, length, self.heads, -1).transpose(0, 2, 1, 3)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (N, H, patches, D)
+        out = self.attend(q, k, v, self.scale)  # (N, H, patches, D)
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(count, length, -1))
 
 

@@ -73,7 +73,7 @@ class Server:
             "generate": self._generate,
             "session.open": self._open,
             "session.send": lambda job: self._tell(job, self._session(job).send(**_turn(job, "content"))),
-            "session.retry": lambda job: self._tell(job, self._session(job).retry(**job.values.get("options", {}))),
+            "session.retry": lambda job: self._tell(job, self._session(job).retry(**_options(job))),
             "session.undo": lambda job: self._session(job).undo(),
             "session.messages": lambda job: _said(self._session(job)),
             "session.save": lambda job: self._session(job).save(job.values["path"]),
@@ -98,7 +98,7 @@ class Server:
             self._state.notify()
         closed = ClosedError("worker", got="its end before this request's turn", want="a running one")
         for job in left:
-            self._fail(job.id, closed)
+            self._emit(_failure(job.id, closed))
         worker.join(LEAVE_SECONDS)
         if shutdown is not None:
             self._emit({"id": shutdown, "kind": "ok", "result": {}})
@@ -127,7 +127,7 @@ class Server:
             else:
                 self._enqueue(_Job(name, op, values))
         except Gemma3Error as error:
-            self._fail(name, error)
+            self._emit(_failure(name, error))
         return None
 
     def _jobs(self) -> list[_Job]:
@@ -184,21 +184,26 @@ class Server:
                 if job.cancelled and job.op not in _ANSWERS:
                     raise ClosedError(job.op, got="a cancel before its turn", want="to be let finish")
                 result = self._ops[job.op](job)
-                if result is not _TOLD:
-                    self._emit({"id": job.id, "kind": "ok", "result": result or {}})
+                if job.op not in _ANSWERS:
+                    self._end({"id": job.id, "kind": "ok", "result": result or {}})
             except Gemma3Error as error:
-                self._fail(job.id, error)
+                self._end(_failure(job.id, error))
             except Exception as error:  # nobody foresaw it: one request fails, the worker lives on
-                self._fail(job.id, Gemma3Error(f"{type(error).__name__} in the worker", got=error))
+                self._end(_failure(job.id, Gemma3Error(f"{type(error).__name__} in the worker", got=error)))
         self._unload()
 
     def _next(self) -> _Job | None:
         with self._state:
-            self._current = None
             self._state.wait_for(lambda: self._waiting or self._ending)
             if not self._ending:
                 self._current = self._waiting.popleft()
             return self._current
+
+    def _end(self, event: Mapping[str, Any]) -> None:
+        """Tell the end of the request in work; its id is free from then on."""
+        with self._state:
+            self._current = None
+        self._emit(event)
 
     def _load(self, job: _Job) -> dict[str, Any]:
         from ..runtime.engine import Engine
@@ -230,21 +235,19 @@ class Server:
             raise RequestError("model", got="none", want="one that is loaded", do='send {"op": "load"} first')
         return self._engine
 
-    def _generate(self, job: _Job) -> object:
+    def _generate(self, job: _Job) -> None:
         return self._tell(
             job, self._loaded().stream(**_turn(job, "messages" if "messages" in job.values else "prompt"))
         )
 
-    def _tell(self, job: _Job, stream: Stream) -> object:
+    def _tell(self, job: _Job, stream: Stream) -> None:
         """Write a stream's events. The last is the end of the request."""
         job.stream = stream
         if job.cancelled:
             stream.cancel()
-        while True:
-            event = stream.next()
+        while (event := stream.next())["kind"] not in protocol.ENDS:
             self._emit({"id": job.id, **event})
-            if event["kind"] in protocol.ENDS:
-                return _TOLD
+        self._end({"id": job.id, **event})
 
     def _open(self, job: _Job) -> dict[str, Any]:
         name = job.values["session"]
@@ -272,9 +275,6 @@ class Server:
         with self._state:
             del self._sessions[job.values["session"]]
 
-    def _fail(self, name: protocol.Id | None, error: Gemma3Error) -> None:
-        self._emit({"id": name, "kind": "error", "code": error.code, "message": str(error)})
-
     def _emit(self, event: Mapping[str, Any]) -> None:
         line = protocol.encode(event)
         with self._writing:
@@ -285,17 +285,25 @@ class Server:
 
 
 _ANSWERS = ("generate", "session.send", "session.retry")  # their streams tell that they were cancelled
-_TOLD = object()  # the stream's last event was the end
+
+
+def _failure(name: protocol.Id | None, error: Gemma3Error) -> dict[str, Any]:
+    return {"id": name, "kind": "error", "code": error.code, "message": str(error)}
 
 
 def _turn(job: _Job, said: str) -> dict[str, Any]:
     """Keyword arguments of Engine.stream or Session.send."""
-    options = job.values.get("options", {})
-    for name in ("prompt", "said", "images"):
-        if name in options:
-            raise OptionError(f"option {name}", got="an unknown name", want="a field of its own")
     name = "said" if said == "content" else "prompt"
-    return {name: job.values[said], "images": job.values.get("images", []), **options}
+    return {name: job.values[said], "images": job.values.get("images", []), **_options(job)}
+
+
+def _options(job: _Job) -> dict[str, Any]:
+    """Checked by name before they become keyword arguments, where `self` or `images` would mean something else."""
+    from ..runtime.options import Options
+
+    options: dict[str, Any] = job.values.get("options", {})
+    Options.build(options)
+    return options
 
 
 def _said(session: Session) -> dict[str, Any]:

@@ -32,11 +32,11 @@ def parser() -> MarkdownIt:
 def cut(text: str) -> list[Block]:
     """Split where a block starts. All but the last are finished: no text to come can change them.
 
-    A start is believed when its line is whole, stands after a blank line or has the words of an item: `#` alone may
-    become `#word`, and `-` alone `-word`, which go on with the paragraph above.
+    A start is believed when its line is whole (with a table, the line of dashes below), stands after a blank line or
+    has the words of an item: `#` alone may become `#word`, and `-` alone `-word`, which go on with the paragraph above.
     """
     lines = text.splitlines(keepends=True)
-    starts: list[tuple[int, bool]] = []  # line, whether it is a further item of the list before
+    starts: list[tuple[int, int, bool]] = []  # line, the line that says so, whether it is a further item of a list
     items = 0
     for token in parser().parse(text):
         if token.map is None or token.nesting < 0:
@@ -45,16 +45,16 @@ def cut(text: str) -> list[Block]:
         if token.level == 0:
             items = 0
             if not token.type.endswith("_list_open"):
-                starts.append((line, False))
+                starts.append((line, line + (token.type == "table_open"), False))
         elif token.level == 1 and token.type == "list_item_open":
-            starts.append((line, items > 0))
+            starts.append((line, line, items > 0))
             items += 1
     kept = [
         (line, follows)
-        for line, follows in starts
-        if line and (lines[line].endswith("\n") or not lines[line - 1].strip() or _ITEM.match(lines[line]))
+        for line, sign, follows in starts
+        if line and (lines[sign].endswith("\n") or not lines[line - 1].strip() or _ITEM.match(lines[line]))
     ]
-    borders = [(0, starts[0][1] if starts else False), *kept, (len(lines), False)]
+    borders = [(0, starts[0][2] if starts else False), *kept, (len(lines), False)]
     return [
         Block("".join(lines[start:stop]), follows) for (start, follows), (stop, _) in pairwise(borders) if start < stop
     ]

@@ -43,7 +43,7 @@ class Input:
             multiline=True,
             prompt_continuation="  ",
             history=_history(history),
-            completer=_Completer(),
+            completer=Completions(),
             key_bindings=_keys(),
             bottom_toolbar=self._toolbar,
             placeholder=self._placeholder,
@@ -114,7 +114,7 @@ def _keys() -> KeyBindings:
     return keys
 
 
-class _Completer(Completer):
+class Completions(Completer):
     """Commands, then what they take: paths or the names of settings."""
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:

@@ -9,7 +9,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".heic", ".heif", ".avif"})
 
@@ -116,8 +116,8 @@ def _address(word: str) -> Path | None:
     """The path in a file:// address; None for anything else."""
     if not word.startswith("file://"):
         return None
-    parts = urlsplit(word)
-    return Path(unquote(parts.path)) if parts.hostname in (None, "localhost") else None
+    host, _, path = word.removeprefix("file://").partition("/")
+    return Path("/" + unquote(path)) if host in ("", "localhost") else None
 
 
 def is_picture(path: Path) -> bool:

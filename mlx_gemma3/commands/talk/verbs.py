@@ -172,7 +172,7 @@ def _export(talk: Talk, rest: str) -> None:
 def _help(talk: Talk, _: str) -> None:
     talk.screen.rows([(f"/{verb.name} {verb.takes}".rstrip(), verb.help) for verb in VERBS])
     talk.screen.note(
-        "Enter sends, Alt-Enter begins a line. Pictures can be dropped onto the terminal. "
+        "Enter sends, Esc Enter begins a line. Pictures can be dropped onto the terminal. "
         "Ctrl-C stops an answer; twice leaves."
     )
 

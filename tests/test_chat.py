@@ -1,0 +1,500 @@
+"""The chat: what its parts make of words, paths, Markdown and settings, and a conversation at a pseudo-terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyte
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from rich.console import Console
+from rich.text import Text
+from test_house import loaded_after
+
+import mlx_gemma3 as g3
+from docs.make_chat_screens import HINT, Program
+from mlx_gemma3.commands.talk import export
+from mlx_gemma3.commands.talk.blocks import cut
+from mlx_gemma3.commands.talk.input import Completions
+from mlx_gemma3.commands.talk.lines import Command, Said, paths, read
+from mlx_gemma3.commands.talk.live import Live
+from mlx_gemma3.commands.talk.loading import Loading
+from mlx_gemma3.commands.talk.markdown import THEME, Writer, rendered
+from mlx_gemma3.commands.talk.settings import KINDS, Settings
+from mlx_gemma3.commands.talk.talk import Talk
+from mlx_gemma3.commands.talk.verbs import run
+from mlx_gemma3.errors import ImageError, OptionError, OutputError, PromptError
+from mlx_gemma3.runtime.options import Options
+
+PICTURES = Path(__file__).resolve().parent.parent / "examples" / "pictures"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the user is: two pictures, one with a space in its name, and a file that is none."""
+    shutil.copy(PICTURES / "heart.png", tmp_path / "my heart.png")
+    shutil.copy(PICTURES / "triangle.png", tmp_path)
+    (tmp_path / "notes.txt").write_text("words", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# What was typed
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("/help", Command("help", "")),
+        ("  /set  top_k 4 \n", Command("set", "top_k 4")),
+        ("/edit one\ntwo", Command("edit", "one\ntwo")),
+        ("//not a command", Said("/not a command")),
+        ("/usr/bin is a folder", Said("/usr/bin is a folder")),
+        ("why and/or?", Said("why and/or?")),
+        ("1 / 2", Said("1 / 2")),
+    ],
+)
+def test_a_line_is_a_command_or_words(line: str, meant: Command | Said) -> None:
+    assert read(line) == meant
+
+
+def test_dropped_paths_are_pictures_however_the_terminal_writes_them(folder: Path) -> None:
+    heart, triangle = folder / "my heart.png", folder / "triangle.png"
+    address = f"file://{folder}/my%20heart.png"
+    for written in (f"'{heart}'", f'"{heart}"', str(heart).replace(" ", "\\ "), address, str(heart)):
+        assert read(f"{written} What is this?") == Said("What is this?", (heart,)), written
+        assert read(f"What is {written}?") == Said("What is?", (heart,)), written
+    assert read(f"{triangle} '{heart}' ") == Said("", (triangle, heart))
+    assert read(f"Compare these:\n{triangle}\n'{heart}'").pictures == (triangle, heart)
+    assert read("./triangle.png this?") == Said("this?", (Path("triangle.png"),))
+    assert read(f"../{folder.name}/triangle.png this?").pictures == (Path(f"../{folder.name}/triangle.png"),)
+
+
+def test_what_is_no_picture_stays_words(folder: Path) -> None:
+    for line in (f"{folder}/notes.txt", f"{folder}/nothing.png", "triangle.png", f"'{folder}/my heart.png", "file://"):
+        assert read(f"{line} what?") == Said(f"{line} what?"), line
+
+
+def test_paths_after_a_command_are_read_as_a_shell_does(folder: Path) -> None:
+    assert paths("a.png 'b c.png' d\\ e.png") == [Path("a.png"), Path("b c.png"), Path("d e.png")]
+    assert paths("my heart.png") == [Path("my heart.png")], "a file of this name is there"
+    assert paths("~/x") == [Path.home() / "x"]
+    assert paths("") == []
+
+
+def completions(typed: str) -> list[str]:
+    return [typed[: len(typed) + c.start_position] + c.text for c in Completions().get_completions(
+        Document(typed), CompleteEvent(completion_requested=True))]  # fmt: skip
+
+
+def test_commands_settings_and_paths_are_completed(folder: Path) -> None:
+    (folder / "more").mkdir()
+    assert completions("/re") == ["/retry", "/reset"]
+    assert completions("/set te") == ["/set temperature "]
+    assert completions("/image ") == ["/image more/", "/image my\\ heart.png", "/image triangle.png"]
+    assert completions("/load n") == ["/load notes.txt"]
+    assert completions("/image a.png tri") == ["/image a.png triangle.png"]
+    assert completions(f"/image {folder}/my\\ h") == [f"/image {folder}/my\\ heart.png"]
+    assert completions("words /re") == completions("/image nothing/there") == []
+
+
+# Markdown as it comes
+
+DOCUMENT = """\
+# A heading
+
+Two lines of
+a paragraph with `code` and **weight**.
+
+1. one
+2. two
+   - inner
+
+   still two
+7. three
+
+```python
+def f(x):
+
+    return x  # <b>
+```
+
+| a | b |
+|---|---|
+| 1 | 字 |
+
+> said
+by somebody
+
+- x
+- y
+
+* * *
+The end, with a line that is much longer than the terminal is wide, so that it goes on below.
+"""
+
+
+@given(st.text(alphabet="ab1#-:*+>`~|_=.) \n\t", max_size=40))
+@example("1\n1|\n:-1")
+@example(DOCUMENT)
+@example("a\n#\n#b")
+@example("- a\n-\n-b")
+@settings(max_examples=60, deadline=None)
+def test_a_finished_block_is_not_changed_by_what_follows(text: str) -> None:
+    whole = cut(text)
+    assert "".join(block.text for block in whole) == text
+    for length in range(len(text)):
+        finished = cut(text[:length])[:-1]
+        assert finished == whole[: len(finished)], text[:length]
+
+
+class Glass:
+    """A terminal that remembers what has left its screen."""
+
+    def __init__(self, rows: int = 12, columns: int = 46) -> None:
+        self.screen = pyte.HistoryScreen(columns, rows, history=1000, ratio=1)
+        self.screen.set_mode(pyte.modes.LNM)
+        self._stream = pyte.Stream(self.screen)
+        self.size = os.terminal_size((columns, rows))
+        self.console = Console(file=io.StringIO(), width=columns, theme=THEME, highlight=False)
+
+    def writer(self) -> Writer:
+        return Writer(self.console, Live(self._stream.feed, lambda: self.size))
+
+    @property
+    def lines(self) -> list[str]:
+        above = ["".join(line[x].data for x in range(self.size.columns)) for line in self.screen.history.top]
+        return [line.rstrip() for line in [*above, *self.screen.display]]
+
+
+@pytest.mark.parametrize("step", [1, 3, 40])
+def test_streamed_markdown_ends_as_markdown_shown_at_once(step: int) -> None:
+    glass = Glass()
+    writer = glass.writer()
+    for start in range(0, len(DOCUMENT), step):
+        writer.push(DOCUMENT[start : start + step])
+        writer.show()
+    writer.finish()
+    plain = Text.from_ansi("\n".join(rendered(DOCUMENT, glass.console))).plain
+    assert [line for line in glass.lines if line] == [line.rstrip() for line in plain.split("\n") if line.strip()]
+    assert "\n\n\n" not in "\n".join(glass.lines).rstrip(), "one empty line between blocks"
+
+
+def test_an_answer_cannot_drive_the_terminal() -> None:
+    glass = Glass()
+    writer = glass.writer()
+    writer.push("a\x1b[2J\x1b]0;title\x07b\x9b31mc [red]d[/red] <i>e</i>")
+    writer.finish()
+    assert glass.lines[0] == "a[2J]0;titleb31mc [red]d[/red] <i>e</i>"
+
+
+# Settings and documents
+
+
+def test_every_option_of_an_answer_can_be_set() -> None:
+    assert set(KINDS) == {field.name for field in fields(Options)} - {"system", "raw"}
+
+
+def test_settings_take_what_was_typed() -> None:
+    held = Settings({"temperature": 0.5, "max_tokens": 9})
+    typed = {"temperature": "0.3", "top-k": "7", "stop": "'a b' c", "pan_and_scan": "on", "seed": "3", "TOP_P": "0.5"}
+    for name, text in typed.items():
+        held.set(name, text)
+    wanted = {"temperature": 0.3, "top_k": 7, "stop": ("a b", "c"), "pan_and_scan": True, "seed": 3, "top_p": 0.5}
+    assert wanted.items() <= held.values.items()
+    assert dict(held.rows())["stop"] == "'a b' c"
+    held.set("temperature", "default")
+    assert held.values["temperature"] is None and held.values["max_tokens"] == 9
+    before = dict(held.values)
+    for name, text in (("temperature", "-1"), ("top_k", "many"), ("pan_and_scan", "maybe"), ("stop", "'"), ("x", "1")):
+        with pytest.raises(OptionError, match=name):
+            held.set(name, text)
+    with pytest.raises(OptionError, match="did you mean temperature"):
+        held.set("temprature", "1")
+    assert held.values == before
+
+
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be short."},
+    {
+        "role": "user",
+        "content": [{"type": "image", "path": "/a b/c.png"}, {"type": "image"}, {"type": "text", "text": "Which?"}],
+    },
+    {"role": "assistant", "content": "Neither."},
+]
+
+
+def test_a_conversation_is_exported(tmp_path: Path) -> None:
+    export.write(tmp_path / "new" / "talk.md", MESSAGES, "demo")
+    assert (tmp_path / "new" / "talk.md").read_text("utf-8") == (
+        "# A conversation with demo\n\n## System\n\nBe short.\n\n## You\n\n![c.png](</a b/c.png>)\n\n*(a picture)*\n\n"
+        "Which?\n\n## Gemma\n\nNeither.\n"
+    )
+    export.write(tmp_path / "new" / "talk.json", MESSAGES, "demo")
+    assert json.loads((tmp_path / "new" / "talk.json").read_text("utf-8")) == {"model": "demo", "messages": MESSAGES}
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["talk.json", "talk.md"]
+    with pytest.raises(OptionError, match=r"\.md or \.json"):
+        export.write(tmp_path / "talk.doc", MESSAGES, "demo")
+    with pytest.raises(OutputError, match="place that can be written"):
+        export.write(tmp_path / "new" / "talk.md" / "inner.md", MESSAGES, "demo")
+
+
+# A conversation without a terminal
+
+
+class Pages:
+    """A screen that keeps what it was shown; `hurry` cancels answers before they begin."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.errors: list[str] = []
+        self.hurry = False
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def error(self, text: str) -> None:
+        self.errors.append(text)
+
+    def rows(self, rows: Any) -> None:
+        self.notes += [f"{name}: {value}" for name, value in rows]
+
+    def follow(self, stream: g3.Stream) -> dict[str, Any]:
+        if self.hurry:
+            stream.cancel()
+        while (event := stream.next())["kind"] not in ("done", "error"):
+            pass
+        return event
+
+    def wait(self, ended: Any, what: str) -> bool:
+        return bool(ended(60))
+
+
+@pytest.fixture
+def talk(chat_folder: Path) -> Iterator[Talk]:
+    """A conversation with a tiny random model of at most 100 tokens."""
+    loading = Loading("tiny", lambda: g3.load(chat_folder, max_context=100), lambda engine: engine.session())
+    loading.start()
+    talk = Talk(loading, Pages(), Settings({"max_tokens": 4, "seed": 1}))
+    with talk.engine:
+        yield talk
+
+
+def do(talk: Talk, line: str) -> list[str]:
+    """What a line led to, as the notes it left."""
+    pages = talk.screen
+    assert isinstance(pages, Pages)
+    pages.notes.clear()
+    said = read(line)
+    if isinstance(said, Command):
+        run(talk, said)
+    else:
+        talk.say(said)
+    return pages.notes
+
+
+def asked(talk: Talk) -> list[str]:
+    return [message["content"][-1]["text"] for message in talk.session.messages if message["role"] == "user"]
+
+
+def test_a_question_that_fails_is_given_back(talk: Talk, folder: Path) -> None:
+    do(talk, "one")
+    do(talk, "./triangle.png two")
+    kept = talk.session.messages
+    long = "word " * 100
+    do(talk, long)
+    assert "100" in talk.screen.errors[0] and talk.failed  # type: ignore[attr-defined]
+    assert (talk.prefill, len(talk.turns), talk.session.messages) == (long.strip(), 2, kept)
+    do(talk, "/undo")
+    assert asked(talk) == ["one"] and do(talk, "/tokens")[0].endswith("of 100 tokens, in 1 turn")
+
+
+def test_a_question_stopped_before_its_answer_is_given_back(talk: Talk, folder: Path) -> None:
+    do(talk, "one")
+    talk.screen.hurry = True  # type: ignore[attr-defined]
+    do(talk, "./triangle.png two")
+    assert (talk.prefill, [p.name for p in talk.pictures], asked(talk)) == ("two", ["triangle.png"], ["one"])
+    do(talk, "/retry")
+    assert (talk.prefill, talk.turns, asked(talk)) == ("one", [], []) or asked(talk) == ["one"]
+    assert len(talk.turns) == len(asked(talk))
+
+
+def test_retry_edit_and_undo_change_the_last_turn_only(talk: Talk, folder: Path) -> None:
+    do(talk, "one")
+    do(talk, "./triangle.png two")
+    do(talk, "/retry")
+    assert asked(talk) == ["one", "two"]
+    do(talk, "/edit")
+    assert (talk.prefill, talk.editing) == ("two", True)
+    do(talk, "three")
+    assert asked(talk) == ["one", "three"] and not talk.editing
+    assert talk.messages()[2]["content"][0] == {"type": "image", "path": str(folder / "triangle.png")}
+    do(talk, "/edit four")
+    do(talk, "/undo")
+    assert asked(talk) == ["one"]
+    do(talk, "/undo")
+    for line in ("/undo", "/retry", "/edit", "/edit x"):
+        with pytest.raises(PromptError, match="no question yet"):
+            do(talk, line)
+
+
+def test_what_waits_for_the_next_question(talk: Talk, folder: Path) -> None:
+    assert do(talk, "/image 'my heart.png' triangle.png")[0] == "picture 1: my heart.png, 224 × 224"
+    do(talk, "/image")
+    assert talk.pictures == []
+    with pytest.raises(ImageError, match=r"notes\.txt"):
+        do(talk, "/image notes.txt")
+    with pytest.raises(PromptError, match="no path"):
+        do(talk, "/image")
+
+
+def test_a_file_keeps_the_conversation_and_is_not_lost_to_the_next(talk: Talk, folder: Path) -> None:
+    do(talk, "/system Be short.")
+    do(talk, "one")
+    do(talk, "/save 'a talk.session'")
+    do(talk, "two")
+    assert "is in a talk.session" in do(talk, "/reset")[0]
+    do(talk, "three")
+    assert talk.save() is None, "the new conversation has no file"
+    assert talk.session.messages[0] == {"role": "system", "content": "Be short."}
+    assert do(talk, "/load a\\ talk.session") == ["2 turns in a talk.session; the last question: “two”"]
+    assert asked(talk) == ["one", "two"]
+
+
+def test_a_command_that_is_none_is_told_with_the_nearest(talk: Talk) -> None:
+    with pytest.raises(OptionError, match=r"/hepl is no command.* did you mean /help\?"):
+        do(talk, "/hepl")
+    with pytest.raises(OptionError, match="/help shows them all"):
+        do(talk, "/xyzzy")
+    assert len(do(talk, "/help")) > 15
+
+
+# The program
+
+
+def test_the_command_line_loads_nothing_of_the_chat() -> None:
+    assert not loaded_after("import mlx_gemma3.cli") & {"prompt_toolkit", "rich", "markdown_it", "pygments"}
+
+
+def chat(*arguments: str, typed: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "dev", "-W", "error", "-m", "mlx_gemma3.cli", "chat", *arguments]
+    return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60)
+
+
+def test_lines_that_are_piped_in_are_answered_and_go_on_in_a_session(folder: Path) -> None:
+    def ask(typed: str) -> subprocess.CompletedProcess[str]:
+        return chat("-m", "demo", "--temperature", "0", "--session", "talk.session", "--quiet", typed=typed)
+
+    first = ask("'./my heart.png' What shape is this?\n")
+    assert (first.returncode, first.stdout, first.stderr) == (0, "heart\n", "")
+    then = ask("And what colour is it?\n/hepl\n/quit\nnever asked\n")
+    assert (then.returncode, then.stdout) == (1, "purple\n")
+    assert then.stderr == "mlx-gemma3: /hepl is no command; did you mean /help?\n"
+
+
+def test_a_base_checkpoint_is_refused(text_folder: Path) -> None:
+    done = chat("-m", str(text_folder), typed="hello\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"mlx-gemma3: chat: got {text_folder}, a base checkpoint that only completes text, want an instruction-tuned "
+        "one (-it); for this one there is mlx-gemma3 generate\n"
+    )
+
+
+def lines_after(text: str, line: str) -> int:
+    """Lines of the answer to what was typed; 0 as long as the prompt is still there."""
+    answer = text.rpartition(f"{line}\n")[2]
+    return 0 if "Esc Enter" in answer else len(answer.splitlines())
+
+
+def test_a_conversation_at_a_terminal(folder: Path) -> None:
+    with Program(
+        "chat", "-m", "demo", "--temperature", "0", folder=folder, columns=110, rows=120,
+        environment={"MLX_GEMMA3_DATA": str(folder / "data")}, python=("-X", "dev", "-W", "error"),
+    ) as program:  # fmt: skip
+        program.enter("./my\\ heart.png What shape is this?")
+        program.until("picture 1: my heart.png, 224 × 224\nheart\n")
+        program.enter("And what colour is it?")
+        program.until("\npurple\n")
+        program.enter("/retry")
+        program.until("› /retry\npurple\n")
+
+        program.enter("/edit")
+        program.until("editing")
+        program.press("\x15What shape is this?\r")  # Ctrl-U empties the line
+        program.until("› What shape is this?\nheart\n")
+        program.enter("/tokens")
+        program.until("of 8,192 tokens, in 2 turns")
+        program.enter("/save talk.session")
+        program.until("saved in talk.session")
+
+        for setting in ("temperature 1000", "top_k 0", "top_p 1", "seed 15"):  # a thousand tokens of noise
+            program.enter(f"/set {setting}")
+        program.enter("/export before.json")
+        program.until("2 turns written to before.json")
+        program.enter("Go on.")
+        program.watch(lambda text: lines_after(text, "› Go on.") > 2, "a third line of noise")
+        program.press("\x03")
+        program.until("stopped; what was said is kept")
+        program.enter("/export stopped.json")
+        program.until("3 turns written to stopped.json")
+        program.enter("/load talk.session")
+        program.until("2 turns in talk.session; the last question: “What shape is this?”")
+        program.enter("/export after.md")
+        program.until("2 turns written to after.md")
+
+        program.until(HINT)
+        program.press("\x1b[200~one\ntwo\x1b[201~\x1b\rthree")  # a paste of two lines, and one more
+        program.until("› one\n  two\n  three")
+        program.press("\x03")  # the first empties the line
+        program.until(HINT)
+        program.press("\x03")
+        program.until("Ctrl-C again leaves", times=2)
+        program.press("\x03")
+        assert program.ended() == 130
+        assert "Warning" not in program.text and "Traceback" not in program.text
+
+    before = json.loads((folder / "before.json").read_text("utf-8"))["messages"]
+    stopped = json.loads((folder / "stopped.json").read_text("utf-8"))["messages"]
+    assert [message["content"] for message in before if message["role"] == "assistant"] == ["heart", "heart"]
+    assert before[0]["content"][0] == {"type": "image", "path": str(folder / "my heart.png")}
+    assert stopped[:4] == before and len(stopped[5]["content"]) > 20
+    assert (folder / "after.md").read_text("utf-8").count("\n\nheart\n") == 2
+    history = folder / "data" / "chat_history"
+    assert history.stat().st_mode & 0o077 == 0 and "+And what colour is it?" in history.read_text("utf-8")
+
+
+NEVER_READY = """
+import time
+import mlx_gemma3.runtime.engine as engine
+engine.load = lambda *_, **__: time.sleep(600)
+"""
+
+
+def test_the_prompt_does_not_wait_for_the_model(folder: Path) -> None:
+    environment = {"MLX_GEMMA3_DATA": str(folder / "data")}
+    with Program("chat", "-m", "slow", folder=folder, environment=environment, before=NEVER_READY) as program:
+        program.enter("/image triangle.png")
+        program.until("loading slow … · with triangle.png")
+        program.enter("What is this?")
+        program.until("loading slow · 1 s")
+        program.press("\x03")
+        program.until("› What is this?\n", times=2)  # it stands at the next prompt
+        program.press("\x03")
+        program.until(HINT)
+        program.press("\x03")
+        program.until("Ctrl-C again leaves")
+        program.press("\x03")
+        assert program.ended() == 130
