@@ -17,6 +17,7 @@ import csv
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -151,7 +152,7 @@ def figures(job: Job) -> Iterator[tuple[str, float]]:
     environment = dict(os.environ)
     if job.blas:
         environment["LD_PRELOAD"] = job.blas
-    began = time.perf_counter()
+    began, before = time.perf_counter(), processor_time()
     done = subprocess.run(job.command, input=job.given, capture_output=True, text=True, env=environment)
     took = time.perf_counter() - began
     if done.returncode:
@@ -159,6 +160,7 @@ def figures(job: Job) -> Iterator[tuple[str, float]]:
         return
     if job.figure == "start":
         yield "start", took
+        yield "start cpu", processor_time() - before
         return
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if job.figure == "turns":
@@ -168,8 +170,14 @@ def figures(job: Job) -> Iterator[tuple[str, float]]:
     yield from found.items()
 
 
+def processor_time() -> float:
+    """Seconds of the processes that have ended: what a command cost, whatever else the machine was doing."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
 def tower(options: argparse.Namespace, folder: Path) -> Path:
-    """A checkpoint with a random tower of SigLIP-so400m's shape and a decoder of 270M's, in six layers (mlx-vlm's least).
+    """A checkpoint with a random tower of SigLIP-so400m's shape and a decoder of 270M's, six layers of it (mlx-vlm needs six).
 
     Its words are the demo's, so that both programs can be asked a question.
     """

@@ -19,9 +19,10 @@ SECTIONS: dict[str, dict[str, str]] = {
         "decode cpu": "decode, tokens a CPU second",
         "build": "building one step's graph, ms of the host",
     },
-    "From a command's start to its end with one token": {"start": "seconds"},
+    "From a command's start to its end with one token": {"start": "seconds", "start cpu": "CPU seconds"},
     "One picture of 896 x 896 through the tower and the projector": {
         "picture": "seconds",
+        "picture cpu": "CPU seconds",
         "picture memory": "peak of MLX's memory, MiB",
     },
     "Two questions about one picture": {

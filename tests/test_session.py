@@ -189,6 +189,18 @@ def test_a_saved_conversation_goes_on_in_another_process(
     assert resumed.send("the", images=[pictures[1]], **OPTIONS).reply.tokens
 
 
+def test_a_long_answer_is_given_again_after_a_resume_with_nothing_read(engine: g3.Engine, tmp_path: Path) -> None:
+    """The local layers have moved on by more than they can go back: the file keeps them as they were."""
+    session = engine.session()
+    options = {"max_tokens": 80, "temperature": 0.0}
+    first = session.send(LONG, **options).reply
+    assert len(first.tokens) > 40, "an answer that leaves the window"
+    session.save(tmp_path / "long.session")
+    resumed = engine.session(resume=tmp_path / "long.session")
+    again = resumed.retry(**options).reply
+    assert again.usage["processed_tokens"] == 0 and again.tokens == first.tokens
+
+
 @pytest.fixture(scope="module")
 def saved(engine: g3.Engine, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("saved") / "talk"

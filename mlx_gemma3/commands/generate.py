@@ -66,6 +66,7 @@ def generate(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 16, 8 or 4.")] = 16,
+    local_kv_bits: Annotated[int, typer.Option(help="The same for local layers, which are small.")] = 16,
     max_context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer.", show_default="the model's")
     ] = None,
@@ -94,6 +95,7 @@ def generate(
         dtype=dtype,
         text_only=not images and session is None,
         kv_bits=kv_bits,
+        local_kv_bits=local_kv_bits,
         max_context=max_context,
         force=force,
         quiet=quiet or as_json,

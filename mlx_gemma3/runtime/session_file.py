@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from ..checkpoint.fingerprint import fingerprint
 from ..errors import OutputError, SessionError
-from ..model.cache import GlobalCache
+from ..model.cache import Caches, GlobalCache, Rows, Snapshot
 from .host import Host
 from .session import Conversation, Exchange
 from .timeline import Tokens
@@ -44,12 +44,16 @@ def write(path: Path, conversation: Conversation, host: Host) -> None:
             if buffer.parts:
                 parts = buffer.view(0, stop)
                 arrays |= {f"layer.{number}.{side}.{part}": rows for part, rows in enumerate(parts)}
+    border = _border(caches)
+    if border is not None:
+        arrays |= _snapshot_arrays(border)
     state = {
         "version": VERSION,
         "fingerprint": fingerprint(host.checkpoint),
         "settings": _settings(host),
         "offset": caches.offset,
         "filled": [0 if isinstance(layer, GlobalCache) else layer.filled for layer in caches],
+        "border": None if border is None else [border.position, [layer[0] if layer else 0 for layer in border.layers]],
         "tokens": asdict(conversation.timeline.tokens),
         "system": conversation.system,
         "exchanges": [asdict(exchange) for exchange in conversation.exchanges],
@@ -122,6 +126,8 @@ def _conversation(arrays: dict[str, mx.array], state: dict[str, Any], host: Host
         for side, buffer in (("keys", layer.keys), ("values", layer.values)):
             names = (f"layer.{number}.{side}.{part}" for part in range(3))
             buffer.parts = [arrays[name] for name in names if name in arrays]
+    if state["border"] is not None:
+        timeline.caches.snapshots = [_snapshot(arrays, *state["border"])]
     timeline.tokens = _tokens(state["tokens"])
     for values in state["exchanges"]:
         said = values["said"]
@@ -138,6 +144,34 @@ def _conversation(arrays: dict[str, mx.array], state: dict[str, Any], host: Host
         name.removeprefix("picture."): rows for name, rows in arrays.items() if name.startswith("picture.")
     }
     return conversation
+
+
+def _border(caches: Caches) -> Snapshot | None:
+    """The end of the last prompt, where the local layers have moved on since: from there an answer is given again."""
+    last = caches.snapshots[-1] if caches.snapshots else None
+    return None if last is None or all(layer.reaches(last.position) for layer in caches) else last
+
+
+def _snapshot_arrays(border: Snapshot) -> dict[str, mx.array]:
+    arrays = {} if border.logits is None else {"border.logits": border.logits}
+    for number, layer in enumerate(border.layers):
+        if layer is not None:
+            filled, *sides = layer
+            for side, rows in zip(("keys", "values"), sides, strict=True):
+                arrays |= {f"border.{number}.{side}.{part}": x[:, :, :filled] for part, x in enumerate(rows)}
+    return arrays
+
+
+def _snapshot(arrays: dict[str, mx.array], position: int, filled: list[int]) -> Snapshot:
+    def rows(number: int, side: str) -> Rows:
+        names = (f"border.{number}.{side}.{part}" for part in range(3))
+        return tuple(arrays[name] for name in names if name in arrays)
+
+    layers = tuple(
+        (count, rows(number, "keys"), rows(number, "values")) if f"border.{number}.keys.0" in arrays else None
+        for number, count in enumerate(filled)
+    )
+    return Snapshot(position, layers, arrays.get("border.logits"))
 
 
 def _tokens(values: dict[str, Any]) -> Tokens:

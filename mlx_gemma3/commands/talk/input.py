@@ -38,13 +38,14 @@ class Input:
 
     def __init__(self, history: Path, loading: Loading, state: Callable[[], str]) -> None:
         self._loading, self._state = loading, state
+        self._given = ""  # what stood there to begin with
         self._prompt: PromptSession[str] = PromptSession(
             [("class:prompt", "› ")],
             multiline=True,
             prompt_continuation="  ",
             history=_history(history),
             completer=Completions(),
-            key_bindings=_keys(),
+            key_bindings=self._keys(),
             bottom_toolbar=self._toolbar,
             placeholder=self._placeholder,
             style=_STYLE,
@@ -56,10 +57,11 @@ class Input:
         """One entry, which may be of several lines.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C where nothing was typed.
+            KeyboardInterrupt: Ctrl-C where nothing was typed, nor a default changed.
             EOFError: Ctrl-D there, or the terminal is gone.
             Gemma3Error: the model could not be loaded.
         """
+        self._given = default
 
         def begin() -> None:
             self._prompt.app.create_background_task(self._watch())
@@ -74,6 +76,26 @@ class Input:
         if self._loading.failure is not None and not app.is_done:
             app.exit(exception=self._loading.failure)
         app.invalidate()
+
+    def _keys(self) -> KeyBindings:
+        keys = KeyBindings()
+
+        @keys.add("enter")
+        def _(event: KeyPressEvent) -> None:
+            event.current_buffer.validate_and_handle()
+
+        @keys.add("escape", "enter")
+        def _(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @keys.add("c-c")
+        def _(event: KeyPressEvent) -> None:
+            if event.current_buffer.text in ("", self._given):
+                event.app.exit(exception=KeyboardInterrupt(), style="class:aborting")
+            else:
+                event.current_buffer.reset()
+
+        return keys
 
     def _placeholder(self) -> StyleAndTextTuples:
         hint = "" if self._prompt.app.is_done else "a question, a picture dropped here, or /help"
@@ -91,27 +113,6 @@ def _history(file: Path) -> History:
     except OSError:
         return InMemoryHistory()
     return FileHistory(str(file))
-
-
-def _keys() -> KeyBindings:
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    @keys.add("c-c")
-    def _(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
-            event.current_buffer.reset()
-        else:
-            event.app.exit(exception=KeyboardInterrupt(), style="class:aborting")
-
-    return keys
 
 
 class Completions(Completer):

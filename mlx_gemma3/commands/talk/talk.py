@@ -86,6 +86,7 @@ class Talk:
         """
         if not self.loading.ended() and not self.screen.wait(self.loading.ended, f"loading {self.loading.model}"):
             self.stopped = True
+            self.screen.note(f"{self.loading.model} is not loaded yet · Ctrl-C again leaves")
             return False
         _ = self.session
         return True
