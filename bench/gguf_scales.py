@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,24 @@ VARIANTS = (
     Variant("not packed, all weights bfloat16", mx.bfloat16, exact=True, plain=True),
     Variant("not packed, weights and activations bfloat16", mx.bfloat16, exact=True, plain=True, activations=True),
 )
+
+
+# A fresh process: bytes resident before, with the model after two tokens, and at most; and bytes of its weights.
+MEMORY = """
+import sys
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_gemma3.checkpoint.load import load_model
+def status(key):
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+before = status("VmRSS")
+model = load_model(sys.argv[1], dtype=sys.argv[2])
+weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+caches = model.make_caches()
+mx.eval(model([[2, 818, 5279, 529, 7001, 563]], caches=caches, last_only=True))
+mx.eval(model.step(mx.array([506]), caches))
+print(before, status("VmRSS"), status("VmHWM"), weights)
+"""
 
 
 @dataclass
@@ -114,9 +133,11 @@ def measure(checkpoint: Checkpoint, windows: list[list[int]]) -> str:
         if not variant.activations:
             errors.append(f"| {variant.name} | {cells} |")
     path = checkpoint.path
+    size = path.stat().st_size / 1e6
     return REPORT.format(
+        memory="\n".join(f"| {dtype} | {size:.0f} MB | {resident(path, dtype)} |" for dtype in ("bfloat16", "float32")),
         file=path.name,
-        size=path.stat().st_size / 1e6,
+        size=size,
         tokens=sum(len(ids) for ids in windows),
         windows=len(windows),
         perplexity=perplexity(original, windows),
@@ -127,6 +148,17 @@ def measure(checkpoint: Checkpoint, windows: list[list[int]]) -> str:
         mlx=version("mlx"),
         system=f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
     )
+
+
+def resident(path: Path, dtype: str) -> str:
+    """Cells: bytes of the weights, what the process takes with them over what it took before, and its peak over that.
+
+    Linux only, where /proc says it.
+    """
+    command = [sys.executable, "-c", MEMORY, str(path), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, after, peak, weights = (int(word) / 1e6 for word in done.stdout.split())
+    return f"{weights:.0f} MB | {after - before:.0f} MB | {peak - before:.0f} MB"
 
 
 def unpacked(checkpoint: Checkpoint, variant: Variant) -> tuple[Gemma3, dict[str, str], int]:
@@ -230,16 +262,20 @@ Written by `bench/gguf_scales.py`; do not edit. The command:
 
 ## What becomes of each type
 
-A `.gguf` file runs packed: a matrix keeps its codes of few bits, in MLX's affine groups of 32, and takes no float32 copy.
+A `.gguf` file runs packed: a matrix keeps its codes of few bits, in MLX's affine groups of 32, and takes no float32
+copy.
 
 | ggml type | in MLX | what is lost with float32 scales |
 |---|---|---|
 | Q4_0, Q4_1, Q4_K | 4 bits | nothing: every number is the same float32 |
 | Q5_0, Q5_1, Q5_K | 5 bits | nothing |
 | Q8_0 | 8 bits | nothing |
-| Q2_K, Q3_K, Q6_K | 8 bits, packed anew; plain float32 when the dtype is float32 | their scales are for 16 numbers, MLX's for 32: half a percent (below) |
+| Q2_K, Q3_K, Q6_K | 8 bits, packed anew; with dtype float32 plain | a scale has 32 numbers, not 16: half a percent |
 | F32, F16, BF16 | plain | nothing |
 | other types that the `gguf` package reads (IQ4_NL, MXFP4, TQ2_0, …) | plain | nothing |
+
+Nothing lost means that no float32 number differs; a negative zero comes out as zero, since MLX adds scale × code and
+bias.
 
 Norms, biases, the patch convolution and the projection of the pictures are always plain.
 
@@ -251,6 +287,23 @@ Bits a number, by type: file, MLX with float32 scales, MLX with 16-bit scales. M
 | Q4_0 | Q4_1 | Q4_K | Q5_0 | Q5_1 | Q5_K | Q6_K | Q8_0 |
 |---|---|---|---|---|---|---|---|
 | 4.5 → 6, 5 | 5 → 6, 5 | 4.5 → 6, 5 | 5.5 → 7, 6 | 6 → 7, 6 | 5.5 → 7, 6 | 6.6 → 32, 9 | 8.5 → 10, 9 |
+
+## Memory
+
+{file} loaded and run for seven tokens in a fresh process on the CPU: what the weights take, and by how much the process
+grew.
+
+| dtype | file | weights | resident | at its peak |
+|---|---|---|---|---|
+{memory}
+
+## What `convert` writes
+
+`mlx-gemma3 convert x.gguf OUT` keeps the codes and chooses the type of the scales so that nothing is rounded: bfloat16
+where it holds them all (Q4_0 and Q5_0 made from a bfloat16 checkpoint, as Google's QAT files may be), else float32.
+float16 would hold them in less room, but mlx-lm and mlx-vlm take the activations' type from the scales, and Gemma 3
+overflows in float16. `--dtype bfloat16` makes the folder smaller and, on Metal, faster there, for the losses below. The
+report names the matrices of Q2_K, Q3_K and Q6_K and the largest error of packing them anew.
 
 ## What 16-bit scales cost
 
@@ -273,8 +326,7 @@ By ggml type, relative RMS error:
 
 - bfloat16 scales cost about as much as bfloat16 activations do, and next to nothing on Q4_0 and Q5_0 made from a
   bfloat16 checkpoint: their scale is a weight divided by −8 or −16, which bfloat16 holds.
-- float16 scales lose least, but whoever takes the activations' type from them runs Gemma 3 in float16, where it
-  overflows. mlx-lm and mlx-vlm do. They are no default for a folder that others load.
+- float16 scales lose least, but see above.
 - Half of what is lost with float16 scales and more is the Q6_K matrices in 8 bits.
 """
 

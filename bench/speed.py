@@ -1,7 +1,7 @@
 """How fast this project is beside mlx-lm, mlx-vlm and transformers: the same folders, taking turns in one run.
 
     python bench/speed.py --model FOLDER --peers PYTHON [--packed FOLDER] [--demo FOLDER] [--openblas LIBRARY]
-                          [--only words,start,picture,question,turns] [--rounds 3] [--csv docs/performance.csv]
+                          [--only bench,start,words,picture,question,turns] [--rounds 3] [--csv docs/performance.csv]
     python bench/speed.py --report
 
 Every measurement is a process of its own (bench/peers/*_speed.py), so memory and caches never mix. Rows are added to
@@ -57,26 +57,44 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=ROOT / "mlx_gemma3" / "demo", help="a small one that sees")
     parser.add_argument("--peers", help="interpreter of their environment")
     parser.add_argument("--openblas", default="", help="library to preload, as libopenblas.so.0")
-    parser.add_argument("--only", default="words,start,picture,question,turns")
+    parser.add_argument("--only", default="bench,start,words,picture,question,turns")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     if options.report:
-        speed_report.write(options.csv, ROOT / "docs" / "performance.md")
+        speed_report.write(options.csv, options.csv.with_suffix(".txt"), ROOT / "docs" / "performance.md")
         return
     if not (options.model and options.peers):
         parser.error("--model and --peers are needed")
     with tempfile.TemporaryDirectory() as place:
         plan = jobs(options, Path(place))
+        if "bench" in options.only.split(","):
+            own_command(options, Path(place))
         facts = {"machine": machine(), "versions": versions(options.peers), "commit": commit()}
-        for number in range(options.rounds):
+        first = next_round(options.csv)
+        for number in range(first, first + options.rounds):
             for job in plan:
                 for figure, value in figures(job):
                     row = {"figure": figure, "setting": job.setting, "program": job.program, "round": number}
                     row |= {"value": f"{value:.6g}", "load": f"{os.getloadavg()[0]:.1f}", **facts}
                     add(options.csv, row)
                     print(f"{number} {figure:<18} {job.setting:<28} {job.program:<12} {value:.4g}", flush=True)
+
+
+def own_command(options: argparse.Namespace, place: Path) -> None:
+    """What `mlx-gemma3 bench` prints for both folders, into a file beside the CSV."""
+    text = []
+    for name, folder in (("gemma-3-270m-bf16", options.model), ("gemma-3-270m-4bit", options.packed)):
+        if folder:
+            (place / name).symlink_to(folder.resolve())
+            words = ["bench", "-m", name, "--repeat", "3", "--tokens", "32", "--context", "512,2k"]
+            environment = dict(os.environ) | ({"LD_PRELOAD": options.openblas} if options.openblas else {})
+            command = [sys.executable, "-m", "mlx_gemma3.cli", *words]
+            done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=True)
+            preload = f"LD_PRELOAD={options.openblas} " if options.openblas else ""
+            text.append(f"$ {preload}mlx-gemma3 {' '.join(words)}\n{done.stdout}")
+    options.csv.with_suffix(".txt").write_text("\n".join(text), encoding="utf-8")
 
 
 def jobs(options: argparse.Namespace, place: Path) -> list[Job]:
@@ -177,7 +195,7 @@ def processor_time() -> float:
 
 
 def tower(options: argparse.Namespace, folder: Path) -> Path:
-    """A checkpoint with a random tower of SigLIP-so400m's shape and a decoder of 270M's, six layers of it (mlx-vlm needs six).
+    """A checkpoint with a random tower of SigLIP-so400m's shape and six layers of 270M's decoder (mlx-vlm needs six).
 
     Its words are the demo's, so that both programs can be asked a question.
     """
@@ -237,6 +255,14 @@ def versions(peers: str) -> str:
 def commit() -> str:
     done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def next_round(path: Path) -> int:
+    """Rounds are numbered on, so that a run can add to an earlier one's."""
+    if not path.exists():
+        return 0
+    with path.open(newline="", encoding="utf-8") as file:
+        return 1 + max((int(row["round"]) for row in csv.DictReader(file)), default=-1)
 
 
 def add(path: Path, row: dict[str, object]) -> None:

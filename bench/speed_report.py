@@ -40,13 +40,15 @@ SECTIONS: dict[str, dict[str, str]] = {
 Values = dict[tuple[str, str, str], dict[str, float]]  # (figure, setting, program) → round → value
 
 
-def write(rows_path: Path, page: Path) -> None:
-    """Put the tables between the page's marks."""
+def write(rows_path: Path, command_path: Path, page: Path) -> None:
+    """Put the tables, and what `bench` itself printed, between the page's marks."""
     with rows_path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    text = page.read_text(encoding="utf-8")
-    head, rest = text.split(MARKS[0])
-    page.write_text(head + MARKS[0] + tables(rows) + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
+    body = tables(rows)
+    if command_path.is_file():
+        body += f"\n### `mlx-gemma3 bench` there\n\n```\n{command_path.read_text(encoding='utf-8')}```\n"
+    head, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+    page.write_text(head + MARKS[0] + body + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
 
 
 def tables(rows: list[dict[str, str]]) -> str:

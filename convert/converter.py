@@ -4,7 +4,8 @@
                         └ compare with the rows ─ Report
 
 A matrix goes through in pieces of PIECE numbers, so the memory needed does not grow with the model: a piece in
-float32, its packed form, what comes back from it, and while it is packed some more, at most 16 times 4 * PIECE bytes.
+float32, its packed form, what comes back from it, and while it is packed some more: at most 32 times 4 * PIECE bytes,
+512 MiB.
 """
 
 from __future__ import annotations

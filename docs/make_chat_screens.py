@@ -166,14 +166,12 @@ def main() -> None:
     """Write docs/chat-*.svg."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for name in ("heart", "shapes"):
+        for name in ("heart", "triangle"):
             shutil.copy(ROOT / "examples" / "pictures" / f"{name}.png", folder)
         (folder / "heart.png").rename(folder / "my heart.png")
+        arguments = ("chat", "--model", "demo", "--temperature", "0")
         own = {"MLX_GEMMA3_DATA": str(folder / "data")}
-
-        with Program(
-            "chat", "--model", "demo", "--temperature", "0", folder=folder, environment=own, rows=34
-        ) as program:
+        with Program(*arguments, folder=folder, environment=own, rows=34) as program:
             program.enter("./my\\ heart.png What shape is this?")
             program.enter("And what colour is it?")
             program.enter("/retry")
@@ -183,15 +181,18 @@ def main() -> None:
             program.until("written to")
             program.until(HINT)
             _write(program, "conversation")
-
-            program.press("/reset\r")
-            program.until("a new conversation")
+        with Program(*arguments, folder=folder, environment=own, rows=8) as program:
+            program.enter("/image 'my heart.png' triangle.png")
+            program.until("picture 2")
             program.until(HINT)
-            program.press("\x0c/se")  # Ctrl-L clears the screen
-            program.until("a setting of the answers")
+            program.press("Which picture shows\x1b\ra green triangle?")
+            program.until("a green triangle?")
+            _write(program, "pictures")
+        with Program(*arguments, folder=folder, environment=own, rows=8) as program:
+            program.until(HINT)
+            program.press("/s")
+            program.until("/stats")
             _write(program, "completion")
-            program.press("\x03\x03\x03")
-            program.ended()
 
 
 def _write(program: Program, name: str) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import typer
 from typer.testing import CliRunner
 
 from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
+from mlx_gemma3.checkpoint.memory import planned_bytes
+from mlx_gemma3.checkpoint.sizes import SIZES
 from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.checkpoint.store import open_store
 from mlx_gemma3.commands.bench import bench, parse_sizes
@@ -130,6 +133,21 @@ def nbytes(module: Any) -> int:
     return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
 
 
+def test_the_table_of_published_sizes_is_what_the_code_counts() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    told = [line.split("|")[1:-1] for line in page.split("roofline -->")[1].splitlines() if line.startswith("| ")][1:]
+    want = []
+    for size, config in SIZES.items():
+        words = replace(config, vision=None)
+        weights = [planned_bytes(words, bits) for bits in (16, 8, 4)]
+        kv = step_kv_bytes(words, 4096, kv_bits=16, dtype_bytes=2)
+        tokens = [speed * 1e9 / (weights[2] + kv) for speed in (100, 273, 546, 819)]
+        want.append(
+            [size, *(f"{each / 1e9:.3f}" for each in weights), f"{kv / 1e6:.1f}", *(f"{t:.0f}" for t in tokens)]
+        )
+    assert [[cell.strip() for cell in row] for row in told] == want
+
+
 @pytest.mark.parametrize(
     ("depth", "kv_bits", "want"),
     [
@@ -152,11 +170,12 @@ def test_keys_and_values_of_a_step(depth: int, kv_bits: int, want: int) -> None:
     assert given == want
 
 
-def test_the_bandwidth_of_a_chip_and_of_a_machine_that_is_in_no_table() -> None:
+def test_the_bandwidth_of_a_chip_and_of_a_machine_that_is_in_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1 << 30
     assert published("Apple M2 Ultra", 192 * gib) == 800e9
     assert (published("Apple M4 Max", 36 * gib), published("Apple M4 Max", 128 * gib)) == (410e9, 546e9)
     assert published("AMD EPYC", 8 * gib) is None
+    monkeypatch.setattr(roofline, "_COPY", 8 << 20)
     found = roofline.bandwidth()
     if mx.default_device().type == mx.DeviceType.cpu:
         assert found.source == "measured with a copy" and 1e8 < found.bytes_per_second < 1e13

@@ -17,6 +17,7 @@ import pyte
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
@@ -34,7 +35,7 @@ from mlx_gemma3.commands.talk.loading import Loading
 from mlx_gemma3.commands.talk.markdown import THEME, Writer, rendered
 from mlx_gemma3.commands.talk.settings import KINDS, Settings
 from mlx_gemma3.commands.talk.talk import Talk
-from mlx_gemma3.commands.talk.verbs import run
+from mlx_gemma3.commands.talk.verbs import VERBS, run
 from mlx_gemma3.errors import ImageError, OptionError, OutputError, PromptError
 from mlx_gemma3.runtime.options import Options
 
@@ -129,6 +130,16 @@ a paragraph with `code` and **weight**.
 def f(x):
 
     return x  # <b>
+
+def longer_than_the_terminal_is_high():
+    a = 1
+    b = 2
+    c = 3
+    d = 4
+    e = 5
+    f = 6
+    g = 7
+    h = 8
 ```
 
 | a | b |
@@ -198,6 +209,21 @@ def test_an_answer_cannot_drive_the_terminal() -> None:
     writer.push("a\x1b[2J\x1b]0;title\x07b\x9b31mc [red]d[/red] <i>e</i>")
     writer.finish()
     assert glass.lines[0] == "a[2J]0;titleb31mc [red]d[/red] <i>e</i>"
+
+
+def test_the_clipboard_holds_a_picture_files_or_text(talk: Talk, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Any] = [Image.new("P", (3, 2)), [folder / "triangle.png"], None]
+    monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: held.pop(0))
+    for name in ("wl-paste", "pbpaste"):
+        (folder / name).write_text("#!/bin/sh\nprintf 'two\\nlines\\n'\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    assert do(talk, "/paste") == ["picture 1: from the clipboard, 3 × 2"]
+    assert do(talk, "/paste") == ["picture 2: triangle.png, 224 × 224"]
+    do(talk, "/paste")
+    assert talk.prefill == "two\nlines"
+    do(talk, "Which?")
+    assert [turn.text for turn in talk.turns] == ["Which?"], talk.screen.errors  # type: ignore[attr-defined]
 
 
 # Settings and documents
@@ -373,12 +399,37 @@ def test_a_file_keeps_the_conversation_and_is_not_lost_to_the_next(talk: Talk, f
     assert asked(talk) == ["one", "two"]
 
 
+def test_pictures_of_a_loaded_conversation_are_known_but_not_to_edit(talk: Talk, folder: Path) -> None:
+    do(talk, "./triangle.png one")
+    first = talk.session.messages[-1]
+    do(talk, "/save talk.session")
+    do(talk, "/load talk.session")
+    do(talk, "/retry")
+    assert talk.session.messages[-1] == first, "the same seed"
+    with pytest.raises(PromptError, match="not saved"):
+        do(talk, "/edit")
+
+
+def test_an_exported_conversation_can_be_asked_of_the_engine(talk: Talk, folder: Path) -> None:
+    do(talk, "./triangle.png one")
+    do(talk, "/export talk.json")
+    asked, answered = json.loads((folder / "talk.json").read_text("utf-8"))["messages"]
+    reply = talk.engine.generate([asked], **talk.settings.values)
+    assert (reply.text, reply.usage["images"]) == (answered["content"], 1)
+
+
 def test_a_command_that_is_none_is_told_with_the_nearest(talk: Talk) -> None:
     with pytest.raises(OptionError, match=r"/hepl is no command.* did you mean /help\?"):
         do(talk, "/hepl")
     with pytest.raises(OptionError, match="/help shows them all"):
         do(talk, "/xyzzy")
     assert len(do(talk, "/help")) > 15
+
+
+def test_the_documentation_names_every_command() -> None:
+    text = (PICTURES.parent.parent / "docs" / "chat.md").read_text("utf-8")
+    for verb in VERBS:
+        assert f"| `{f'/{verb.name} {verb.takes}'.rstrip()}` | {verb.help} |" in text
 
 
 # The program
@@ -485,7 +536,13 @@ engine.load = lambda *_, **__: time.sleep(600)
 def test_the_prompt_does_not_wait_for_the_model(folder: Path) -> None:
     environment = {"MLX_GEMMA3_DATA": str(folder / "data")}
     with Program("chat", "-m", "slow", folder=folder, environment=environment, before=NEVER_READY) as program:
-        program.enter("/image triangle.png")
+        program.until(HINT)
+        program.press("/im")
+        program.until("/image PATH…")
+        for typed, shown in (("\t", "/image"), ("tri", "/image tri"), ("\t", "/image triangle.png")):
+            program.press(typed)
+            program.until(f"› {shown}")
+        program.press("\r")
         program.until("loading slow … · with triangle.png")
         program.enter("What is this?")
         program.until("loading slow · 1 s")

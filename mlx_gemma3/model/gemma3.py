@@ -40,6 +40,7 @@ class Gemma3(nn.Module):
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config, config.vision)
         self._lean: LeanText | None = None  # from `fuse`
+        self._turn_head = False
 
     def fuse(self, between: Callable[[], None] = lambda: None) -> None:
         """Evaluate the weights and run on them in fewer steps (lean.py), arranged for the CPU where that is the device.
@@ -52,11 +53,12 @@ class Gemma3(nn.Module):
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
         text, multiply = self.language_model, cpu.multiplier if on_cpu else multiplier
         self._lean = LeanText(text, multiply, compiled=not on_cpu, between=between)
-        if on_cpu:
-            cpu.arrange(self)
         if self.config.vision is not None:
             for layer in self.vision_tower.encoder.layers:
                 layer.self_attn.attend = cpu.attend_by_head if on_cpu else attend_all_padded
+            if on_cpu:
+                cpu.arrange(self.vision_tower)
+        self._turn_head = on_cpu
         mx.eval(self.parameters())
 
     def make_caches(
@@ -140,6 +142,9 @@ class Gemma3(nn.Module):
         As in the reference, a token that the model itself wrote is text, whatever its id.
         """
         caches.ends_in_image = False
+        if self._turn_head:  # worth its time when a second token is asked for, not before the first
+            cpu.turn(self.language_model.embed_tokens)
+            self._turn_head = False
         hidden = self._decoder(self.language_model.embed(tokens[:, None]), caches=caches, padding=caches.padding)
         return self.head(hidden)[:, 0]
 

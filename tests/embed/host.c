@@ -5,10 +5,10 @@
    First one thread does an eighth of the requests as PythonKit would: it never lets go of the GIL, sleeps with it
    between two polls, and only `stream.next(timeout)` lets the engine's thread run. Then THREADS threads do the rest,
    each taking the GIL for several calls at a time. Requests are read to their end, cancelled at random, dropped, or
-   wrong on purpose. A watchdog ends the process (status 9) when no request has ended for a minute.
+   wrong on purpose. A watchdog aborts when no request has ended for a minute.
 
-   ENDING: "close" closes the engine and finalizes Python; "finalize" finalizes with an answer in work; "leave" returns
-   from main with an answer in work and Python never finalized, as an application does that quits.
+   ENDING, each with an answer in work: "close" closes the engine and finalizes Python; "finalize" only finalizes;
+   "leave" closes the engine and returns from main, as an application does: PythonKit never finalizes.
 
    On stdout: one JSON object with counts and resident bytes, after a fifth of the requests and after all. */
 
@@ -101,7 +101,7 @@ static void set(Object dict, const char *name, Object value) {
     Py_DecRef(value);
 }
 
-/* object.name(first, **options); first is NULL for no argument. Steals first and options, as little code as can be. */
+/* object.name(first, **options); first is NULL for no argument. Steals first and options. */
 static Object call(Object object, const char *name, Object first, Object options) {
     Object method = need(PyObject_GetAttrString(object, name), name);
     Object arguments = need(PyTuple_New(first ? 1 : 0), "tuple");
@@ -153,7 +153,7 @@ static int poll(Object stream, double timeout, char *end, size_t size) {
     return last;
 }
 
-/* A while of other work: with `hold`, without letting go of the GIL. */
+/* A while of other work, without letting go of the GIL where it is held. */
 static void work(unsigned *seed) { usleep(rand_r(seed) % 3000); }
 
 static void one_request(unsigned *seed, int release) {
@@ -208,9 +208,7 @@ static void *watch(void *unused) {
         seen = ended;
     }
     fprintf(stderr, "host: nothing has ended for a minute, %ld requests had\n", seen);
-    signed char *nowhere = NULL;
-    abort(); /* faulthandler writes every thread's stack */
-    return nowhere;
+    abort(); /* PYTHONFAULTHANDLER=1 writes every thread's stack */
 }
 
 static char *read_file(const char *path, long *size) {
@@ -280,12 +278,11 @@ int main(int count, char **arguments) {
     printf("}\n");
     fflush(stdout);
 
-    if (strcmp(ending, "close")) { /* leave with an answer in work */
-        Object busy = need(start(READ, &seed, 900), "the busy request");
-        poll(busy, 0.05, end, sizeof end);
-    } else {
+    Object busy = need(start(READ, &seed, 900), "the busy request");
+    poll(busy, 0.05, end, sizeof end);
+    if (strcmp(ending, "finalize"))
         Py_DecRef(need(call(engine, "close", NULL, NULL), "close"));
-    }
+    Py_DecRef(busy);
     Py_DecRef(engine);
     Py_DecRef(module);
     free(running);

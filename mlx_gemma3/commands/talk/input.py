@@ -10,6 +10,7 @@ from pathlib import Path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -45,6 +46,7 @@ class Input:
             prompt_continuation="  ",
             history=_history(history),
             completer=Completions(),
+            complete_while_typing=Condition(lambda: " " not in self._prompt.default_buffer.text),  # paths: with Tab
             key_bindings=self._keys(),
             bottom_toolbar=self._toolbar,
             placeholder=self._placeholder,
