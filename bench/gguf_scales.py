@@ -300,10 +300,11 @@ grew.
 ## What `convert` writes
 
 `mlx-gemma3 convert x.gguf OUT` keeps the codes and chooses the type of the scales so that nothing is rounded: bfloat16
-where it holds them all (Q4_0 and Q5_0 made from a bfloat16 checkpoint, as Google's QAT files may be), else float32.
-float16 would hold them in less room, but mlx-lm and mlx-vlm take the activations' type from the scales, and Gemma 3
-overflows in float16. `--dtype bfloat16` makes the folder smaller and, on Metal, faster there, for the losses below. The
-report names the matrices of Q2_K, Q3_K and Q6_K and the largest error of packing them anew.
+where it holds them all (Q4_0 and Q5_0 made from a bfloat16 checkpoint: there a scale is a weight divided by −8 or −16),
+else float32. float16 would hold them in less room, but mlx-lm and mlx-vlm take the activations' type from the scales,
+and Gemma 3 overflows in float16; F16 matrices become bfloat16 where that holds them, for the same reason.
+`--dtype bfloat16` makes the folder smaller, for the losses below, and lets Metal's kernels run in one type. The report
+says which types were packed anew, and with what error.
 
 ## What 16-bit scales cost
 

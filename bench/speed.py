@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--peers", help="interpreter of their environment")
     parser.add_argument("--openblas", default="", help="library to preload, as libopenblas.so.0")
     parser.add_argument("--only", default="bench,start,words,picture,question,turns")
+    parser.add_argument("--programs", default=f"{OURS},mlx-lm,mlx-vlm,transformers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--report", action="store_true")
@@ -112,11 +113,10 @@ def jobs(options: argparse.Namespace, place: Path) -> list[Job]:
                 (options.model, "270M", "float32", (OURS, "mlx-lm", "mlx-vlm", "transformers")),
                 (options.model, "270M", "bfloat16", (OURS, "mlx-lm")),
                 (options.packed, "270M 4 bits", "float32", (OURS, "mlx-lm")),
-                (options.packed, "270M 4 bits", "bfloat16", (OURS, "mlx-lm")),
             ):
-                # transformers brings its own matrix library; one of these is enough of mlx-vlm's words
-                some = [name for name in programs if not blas or name in (OURS, "mlx-lm")]
-                if folder:
+                # transformers brings its own matrix library; mlx-vlm's decoder is much like mlx-lm's
+                some = [who for who in programs if not blas or who in (OURS, "mlx-lm")]
+                if folder and not (blas and dtype == "bfloat16"):  # OpenBLAS is asked for float32 only
                     found += [worker(options, who, "words", folder, dtype, name, blas) for who in some]
     if {"picture", "question"} & set(wanted):
         folder = tower(options, place / "tower")
@@ -132,7 +132,8 @@ def jobs(options: argparse.Namespace, place: Path) -> list[Job]:
         peer = [options.peers, str(PEERS / "mlx_lm_conversation.py"), str(options.model)]
         setting = f"270M float32, {HISTORY:,} tokens" + (", OpenBLAS" if blas else "")
         found += [Job(OURS, setting, own, "turns", blas, plan), Job("mlx-lm", setting, peer, "turns", blas, plan)]
-    return found
+    programs = options.programs.split(",")
+    return [job for job in found if job.program in programs]
 
 
 def worker(

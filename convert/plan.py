@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,25 +82,27 @@ def plan(store: Store, recipe: Recipe | None, dtype: str | None, *, gguf: bool, 
 def _float_type(entry: Entry, packing: Packing | None, store: Store, *, gguf: bool) -> mx.Dtype:
     """What rounds nothing where a GGUF file is kept as it is, else bfloat16, as published.
 
-    float16 scales would be exact too, and smaller, but mlx-lm and mlx-vlm compute in the type of the scales, and Gemma
-    3 overflows in float16. bfloat16 holds the scales of Q4_0 and Q5_0 where they were made from a bfloat16 checkpoint:
-    such a scale is a weight divided by -8 or -16.
+    mlx-lm and mlx-vlm compute in the type of the scales and of the embedding, and Gemma 3 overflows in float16. So
+    scales are never float16, which would be exact, but float32; and bfloat16 where it holds them all. It does for what
+    was made from a bfloat16 checkpoint as F16, Q4_0 and Q5_0: their scale is a weight divided by -8 or -16.
     """
-    if gguf and packing is None:
-        return _SOURCE_FLOATS.get(entry.kind, mx.float32)
-    if gguf and entry.packing is not None:
-        return mx.bfloat16 if entry.kind in ("Q4_0", "Q5_0") and _scales_fit(entry, store) else mx.float32
-    return mx.bfloat16
+    if not gguf or (packing is not None and entry.packing is None):
+        return mx.bfloat16
+    may_fit = entry.kind in ("F16", "Q4_0", "Q5_0") and packing == entry.packing
+    if may_fit and _fit(entry, store):
+        return mx.bfloat16
+    return mx.float32 if packing is not None else _SOURCE_FLOATS.get(entry.kind, mx.float32)
 
 
-def _scales_fit(entry: Entry, store: Store) -> bool:
-    """Whether bfloat16 holds every scale of a packed matrix."""
-    step = max(1, _PIECE // entry.shape[1])
-    for start in range(0, entry.shape[0], step):
-        scales = store.read(entry, start, start + step)[entry.name.removesuffix(".weight") + ".scales"]
-        if not mx.array_equal(scales.astype(mx.bfloat16).astype(scales.dtype), scales):
-            return False
-    return True
+def _fit(entry: Entry, store: Store) -> bool:
+    """Whether bfloat16 holds every number of a plain parameter, or every scale and bias of a packed one."""
+    step = max(1, _PIECE // math.prod(entry.shape[1:]))
+    return all(
+        mx.array_equal(array.astype(mx.bfloat16).astype(array.dtype), array)
+        for start in range(0, entry.shape[0], step)
+        for array in store.read(entry, start, start + step).values()
+        if mx.issubdtype(array.dtype, mx.floating)
+    )
 
 
 def packable(entry: Entry) -> bool:

@@ -115,12 +115,14 @@ def test_a_plain_gguf_is_packed_when_told_and_else_kept(kind: str, tmp_path: Pat
         ("Q5_0", True, mx.bfloat16),
         ("Q8_0", True, mx.float32),
         ("Q4_1", False, mx.float32),
+        ("F16", True, mx.bfloat16),
+        ("F16", False, mx.float16),
     ],
 )
-def test_scales_of_a_gguf_take_the_smallest_type_that_holds_them(
+def test_floats_of_a_gguf_take_the_smallest_type_that_holds_them(
     kind: str, rounded: bool, want: mx.Dtype, tmp_path: Path
 ) -> None:
-    """Made from a bfloat16 checkpoint the scales of Q4_0 and Q5_0 fit into bfloat16; never float16 (see plan.py)."""
+    """Made from a bfloat16 checkpoint F16 and the scales of Q4_0 and Q5_0 fit into bfloat16 (see plan.py)."""
     values = tiny.text_config()
     tensors = tiny.random_tensors(values)
     if rounded:
@@ -129,7 +131,8 @@ def test_scales_of_a_gguf_take_the_smallest_type_that_holds_them(
     report = g3.convert(source, tmp_path / "out")
     assert not any(row.loss.errors for row in report.kinds.values())
     held = mx.load(str(tmp_path / "out" / "model.safetensors"))
-    assert {array.dtype for name, array in held.items() if name.endswith((".scales", ".biases"))} == {want}
+    parts = ("proj.weight",) if kind == "F16" else (".scales", ".biases")
+    assert {array.dtype for name, array in held.items() if name.endswith(parts)} == {want}
 
 
 @pytest.mark.parametrize("options", [{"bits": 4}, {"preset": "balanced"}, {"mode": "mxfp8"}, {"dequantize": True}])

@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 DOC = ROOT / "docs" / "compatibility.md"
 TEXT = ROOT / "bench" / "text" / "public.txt"
 PEERS = ("mlx-lm", "mlx-vlm")
-TOKENS = 40
+TOKENS = 24
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="interpreter with mlx-lm and mlx-vlm")
-    parser.add_argument("--source", default="gemma-3-270m", help="real weights")
+    parser.add_argument("--source", default="gemma-3-270m", help="real weights, as a .gguf file")
     parser.add_argument("--as", dest="peer", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("files", nargs="*", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -123,6 +123,7 @@ def folders(python: str, source: str, work: Path) -> Iterator[tuple[str, Path, n
 
     real, random = work / "270m", work / "random"
     g3.convert(source, real, dequantize=True, dtype="bfloat16")
+    g3.convert(source, work / "kept")
     values = tiny.image_config(
         hidden_size=192, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
         query_pre_attn_scalar=64, num_hidden_layers=12,
@@ -131,6 +132,7 @@ def folders(python: str, source: str, work: Path) -> Iterator[tuple[str, Path, n
     g3.convert(work / "tensors", random, dequantize=True, dtype="bfloat16")
     words = g3.Tokenizer.from_folder(real).encode(TEXT.read_text(encoding="utf-8"), bos=True)[:TOKENS]
     noise = np.random.default_rng(0).integers(5, 500, TOKENS)
+    yield "270M: convert x.gguf, its own packing", work / "kept", np.array(words)
     for name, plain, ids in (("270M", real, np.array(words)), ("random, with vision", random, noise)):
         yield f"{name}: convert --dequantize", plain, ids
         for number, settings in enumerate(({"bits": 8}, {"bits": 4}, {"preset": "balanced"})):

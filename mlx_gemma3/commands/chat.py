@@ -112,6 +112,8 @@ def chat(
             status = _line_by_line(talk) if asker is None else _at_a_terminal(talk, asker, wait=not hidden)
     except Leave as left:
         status = int(left.code or 0)
+    except KeyboardInterrupt:
+        status = 130
     finally:
         signal.signal(signal.SIGINT, leave)
         if loading.ended() and loading.failure is None:
@@ -175,8 +177,6 @@ def _line_by_line(talk: Talk) -> int:
         _ = talk.session
     except UnicodeDecodeError as error:
         raise PromptError("standard input", got=f"bytes that are not UTF-8 at {error.start}", want="text") from None
-    except KeyboardInterrupt:
-        return 130
     return 1 if talk.failed else 0
 
 

@@ -44,12 +44,13 @@ class Buffer:
             pairs = zip(self.parts, rooms, strict=True)
             self.parts = [mx.concatenate(list(pair), axis=2) for pair in pairs] if have else rooms
 
-    def write(self, start: int, rows: Rows) -> None:
-        stop = start + rows[0].shape[2]
-        for index, part in enumerate(rows):
-            self.parts[index][:, :, start:stop] = part
+    def write(self, start: int, stop: int, rows: Rows) -> None:
+        for part, new in zip(self.parts, rows, strict=True):
+            part[:, :, start:stop] = new
 
     def view(self, start: int, stop: int) -> Rows:
+        if self.bits == 16:  # called twice a layer for each token
+            return (self.parts[0][:, :, start:stop],)
         return tuple(part[:, :, start:stop] for part in self.parts)
 
     def hold(self) -> Rows:
@@ -66,12 +67,13 @@ class GlobalCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Append (B, K, L, D) and return everything, offset rows."""
-        start, self.offset = self.offset, self.offset + keys.shape[2]
+        start, stop = self.offset, self.offset + keys.shape[2]
+        self.offset = stop
         for buffer, new in ((self.keys, keys), (self.values, values)):
             rows = buffer.pack(new)
-            buffer.make_room(rows, -(-self.offset // STEP) * STEP)
-            buffer.write(start, rows)
-        return self.keys.view(0, self.offset), self.values.view(0, self.offset)
+            buffer.make_room(rows, -(-stop // STEP) * STEP)
+            buffer.write(start, stop, rows)
+        return self.keys.view(0, stop), self.values.view(0, stop)
 
     def reaches(self, position: int) -> bool:
         return position <= self.offset
@@ -94,21 +96,20 @@ class WindowCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
         """Append (B, K, L, D) and return what these L queries can reach: at most W - 1 + L rows, the newest last."""
         length, before = keys.shape[2], self.filled
-        reach = max(0, before - (self.window - 1))
+        reach, stop = max(0, before - (self.window - 1)), before + length
         self.offset += length
-        self.filled = min(before + length, self.capacity)
+        self.filled = stop if stop <= self.capacity else min(self.window - 1 + self.slack, stop)
         out = []
         for buffer, new in ((self.keys, keys), (self.values, values)):
             rows = buffer.pack(new)
             buffer.make_room(rows, self.capacity)
-            if before + length <= self.capacity:
-                buffer.write(before, rows)
-                out.append(buffer.view(reach, before + length))
+            if stop <= self.capacity:
+                buffer.write(before, stop, rows)
+                out.append(buffer.view(reach, stop))
                 continue
             held = buffer.view(0, before)
             rows = tuple(mx.concatenate(list(pair), axis=2) for pair in zip(held, rows, strict=True))
-            self.filled = min(self.window - 1 + self.slack, rows[0].shape[2])
-            buffer.write(0, tuple(part[:, :, -self.filled :] for part in rows))
+            buffer.write(0, self.filled, tuple(part[:, :, -self.filled :] for part in rows))
             out.append(tuple(part[:, :, reach:] for part in rows))
         return out[0], out[1]
 

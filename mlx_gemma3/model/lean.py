@@ -80,7 +80,7 @@ class LeanLayer:
         self.geglu = geglu
         self.eps = layer.input_layernorm.eps
         gains = [*[attention.q_norm] * attention.heads, *[attention.k_norm] * attention.kv_heads]
-        self.qk_gains = mx.stack([gain(norm, dtype) for norm in gains])  # (H + K, D)
+        self.qk_gains = mx.stack([gain(norm, dtype) for norm in gains])[:, None]  # (H + K, 1, D)
         mx.eval(self.qk_gains)
         self.before_attention = gain(layer.input_layernorm, dtype)
         self.after_attention = gain(layer.post_attention_layernorm, dtype)
@@ -94,18 +94,20 @@ class LeanLayer:
         return x + norm(self.down(self.geglu(gate, up)), self.after_mlp, eps)
 
     def _attend(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
-        rule = self.attention
+        rule, size = self.attention, self.attention.head_dim
         batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, -1, rule.head_dim)
-        qk, v = mx.split(qkv, self.borders[1:], axis=2)  # (B, L, H + K, D), (B, L, K, D)
-        qk = (mx.fast.rms_norm(qk, None, self.eps) * self.qk_gains).transpose(0, 2, 1, 3)
-        q, k = mx.split(rule.rotate(qk, context.positions), self.borders[:1], axis=1)
-        v = v.transpose(0, 2, 1, 3)
+        if length == 1:  # nothing to turn round
+            qkv = self.qkv(x).reshape(batch, -1, 1, size)
+        else:
+            qkv = self.qkv(x).reshape(batch, length, -1, size).transpose(0, 2, 1, 3)
+        qk, v = mx.split(qkv, self.borders[1:], axis=1)  # (B, H + K, L, D), (B, K, L, D)
+        qk = rule.rotate(mx.fast.rms_norm(qk, None, self.eps) * self.qk_gains, context.positions)
+        q, k = mx.split(qk, self.borders[:1], axis=1)
         keys, values = ((k,), (v,)) if cache is None else cache.update_and_fetch(k, v)
         mask = context.mask(keys[0].shape[2], rule.window)
         bits = 16 if cache is None else cache.keys.bits
         out = attend(q, keys, values, scale=rule.scale, mask=mask, bits=bits)
-        return self.o(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        return self.o((out if length == 1 else out.transpose(0, 2, 1, 3)).reshape(batch, length, -1))
 
 
 class Joined:

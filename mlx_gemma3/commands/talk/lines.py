@@ -38,7 +38,7 @@ class Said:
 
 def read(line: str) -> Command | Said:
     """Tell commands from words. A line that starts with // is words that start with /."""
-    text = line.strip()
+    text = line.replace("\0", "").strip()  # which no path may hold
     if text.startswith("//"):
         return Said(text[1:])
     if match := _COMMAND.fullmatch(text):
@@ -67,13 +67,13 @@ def paths(rest: str) -> list[Path]:
     """The paths named after a command, as a shell reads them; the whole as one where that is a file."""
     if not rest:
         return []
-    if _is_file(whole := Path(rest).expanduser()):
+    if _is_file(whole := _path(rest)):
         return [whole]
     try:
         words = shlex.split(rest)
     except ValueError:  # a quote without its other half
         words = [rest]
-    return [_address(word) or Path(word).expanduser() for word in words]
+    return [_path(word) for word in words]
 
 
 def _joined(words: list[str]) -> str:
@@ -91,8 +91,8 @@ def _word(text: str, start: int) -> tuple[Path, int] | None:
     word = match[0]
     for bare in dict.fromkeys((word, word.rstrip(",.;:?!)"))):
         try:
-            path = _address(bare) or Path("".join(shlex.split(bare))).expanduser()
-        except (ValueError, RuntimeError):  # an open quote; a user who is not there
+            path = _path("".join(shlex.split(bare)))
+        except ValueError:  # an open quote
             continue
         if is_picture(path):
             return path, start + len(bare)
@@ -103,21 +103,21 @@ def _whole(text: str, start: int) -> tuple[Path, int] | None:
     """A path written as it is, spaces and all: the shortest that ends as a picture's name does and is a file."""
     line = text[start:].split("\n")[0]
     for suffix in _SUFFIX.finditer(line):
-        try:
-            path = Path(line[: suffix.end()]).expanduser()
-        except RuntimeError:
-            return None
+        path = _path(line[: suffix.end()])
         if is_picture(path):
             return path, start + suffix.end()
     return None
 
 
-def _address(word: str) -> Path | None:
-    """The path in a file:// address; None for anything else."""
-    if not word.startswith("file://"):
-        return None
+def _path(word: str) -> Path:
+    """The path that a word names, which may be a file:// address of this machine or begin with ~."""
     host, _, path = word.removeprefix("file://").partition("/")
-    return Path("/" + unquote(path)) if host in ("", "localhost") else None
+    if word.startswith("file://") and host in ("", "localhost"):
+        return Path("/" + unquote(path))
+    try:
+        return Path(word).expanduser()
+    except RuntimeError:  # a user who is not there
+        return Path(word)
 
 
 def is_picture(path: Path) -> bool:

@@ -73,10 +73,10 @@ class Terminal:
         from rich.console import Console
 
         from .live import Live
-        from .markdown import THEME
+        from .markdown import THEME, harmless
 
-        self._quiet = quiet
-        self._console = Console(theme=THEME, highlight=False, soft_wrap=False)
+        self._quiet, self._harmless = quiet, harmless
+        self._console = Console(theme=THEME, highlight=False, emoji=False)
         self._live = Live(self._write, shutil.get_terminal_size)
 
     def _write(self, text: str) -> None:
@@ -85,19 +85,20 @@ class Terminal:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(text, style="dim", markup=False)
+            self._console.print(self._harmless(text), style="dim", markup=False)
 
     def error(self, text: str) -> None:
-        self._console.print(text, style="red", markup=False)
+        self._console.print(self._harmless(text), style="red", markup=False)
 
     def rows(self, rows: Sequence[tuple[str, str]]) -> None:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True, style="bold")
         table.add_column(overflow="fold")
         for name, value in rows:
-            table.add_row(name, value)
+            table.add_row(name, Text(self._harmless(value)))
         self._console.print(table)
 
     def follow(self, stream: Stream) -> dict[str, Any]:

@@ -102,8 +102,8 @@ class Talk:
             return
         text, pictures = said.text, self.pictures
         if self.editing:
-            if (before := self.turns[-1].pictures) is None:
-                raise PromptError("/edit", got="a question with pictures that were not saved", do="ask it anew")
+            before = self.turns[-1].pictures
+            assert before is not None, "/edit does not begin without them"
             self.session.undo()
             self.turns.pop()
             pictures, self.editing = [*before, *pictures], False

@@ -70,7 +70,7 @@ def _paste(talk: Talk, _: str) -> None:
 
 def _system(talk: Talk, rest: str) -> None:
     if not rest:
-        talk.screen.note("no system text" if talk.system is None else talk.system)
+        talk.screen.rows([("system", talk.system or "none")])
         return
     talk.system = None if rest == "none" else rest
     if talk.turns:
@@ -101,7 +101,7 @@ def _undo(talk: Talk, _: str) -> None:
 
 def _tokens(talk: Talk, _: str) -> None:
     most = talk.engine.about["max_context"]
-    talk.screen.note(f"{talk.session.tokens:,} of {_count(most, 'token')}, in {_turns(len(talk.turns))}")
+    talk.screen.rows([("tokens", f"{talk.session.tokens:,} of {most:,}, in {_turns(len(talk.turns))}")])
 
 
 def _stats(talk: Talk, _: str) -> None:

@@ -1,0 +1,97 @@
+import Foundation
+import PythonKit
+
+/// The one thread that touches Python.
+///
+/// PythonKit starts Python in the thread that calls it first, and that thread holds the interpreter's lock from then
+/// on: a call from any other would crash. So every call goes through `run`, and no `PythonObject` leaves this thread.
+final class PythonThread: @unchecked Sendable {
+    static let shared = PythonThread()
+
+    private let condition = NSCondition()
+    private var jobs: [() -> Void] = []
+
+    private init() {
+        let thread = Thread { PythonThread.shared.work() }
+        thread.name = "Python"
+        thread.stackSize = 16 << 20  // Python recurses deeper than the 512 KiB of a second thread
+        thread.start()
+    }
+
+    /// Do something in the Python thread, after what was asked before. Python's errors are thrown as `Gemma3Error`.
+    func run<Result: Sendable>(_ body: @escaping @Sendable () throws -> Result) async throws -> Result {
+        try await withCheckedThrowingContinuation { (continuation: CheckedContinuation<Result, Error>) in
+            add {
+                do {
+                    continuation.resume(returning: try body())
+                } catch let error as PythonError {
+                    continuation.resume(throwing: Gemma3Error(error))
+                } catch {
+                    continuation.resume(throwing: error)
+                }
+            }
+        }
+    }
+
+    /// The same without waiting for it.
+    func add(_ job: @escaping () -> Void) {
+        condition.lock()
+        jobs.append(job)
+        condition.signal()
+        condition.unlock()
+    }
+
+    private func work() {
+        while true {
+            condition.lock()
+            while jobs.isEmpty { condition.wait() }
+            let job = jobs.removeFirst()
+            condition.unlock()
+            autoreleasepool { job() }
+        }
+    }
+}
+
+/// A Python object that other threads may hold, but not look into: it is used and freed in the Python thread.
+final class PythonBox: @unchecked Sendable {
+    private final class Slot {
+        var object: PythonObject?
+        init(_ object: PythonObject) { self.object = object }
+    }
+
+    private let slot: Slot
+
+    init(_ object: PythonObject) { slot = Slot(object) }
+
+    /// In the Python thread only.
+    var object: PythonObject { slot.object! }
+
+    deinit {
+        let slot = self.slot
+        PythonThread.shared.add { slot.object = nil }
+    }
+}
+
+/// What went wrong, as the Python package says it: `code` stays the same from version to version.
+public struct Gemma3Error: LocalizedError, Sendable {
+    public let code: String
+    public let message: String
+
+    public var errorDescription: String? { message }
+
+    init(code: String, message: String) {
+        self.code = code
+        self.message = message
+    }
+
+    /// In the Python thread only.
+    init(_ error: PythonError) {
+        if case .exception(let exception, _) = error {
+            code = exception.checking.code.flatMap { String($0) } ?? "error"
+            message = exception.description
+        } else {
+            code = "error"
+            message = error.description
+        }
+    }
+}
