@@ -55,7 +55,7 @@ def tree() -> str:
     """One line a file: its path and the first sentence of its docstring."""
     lines = []
     files = [path for room in ("mlx_gemma3", "convert") for path in (ROOT / room).rglob("*.py")]
-    for path in sorted(files, key=lambda path: (path.relative_to(ROOT).parts[0] != "mlx_gemma3", len(path.parts), path)):
+    for path in sorted(files, key=lambda path: (path.is_relative_to(ROOT / "convert"), len(path.parts), path)):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert text, f"{path}: no docstring"
         first = text.split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")

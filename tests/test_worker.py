@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import queue
 import random
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +22,10 @@ from worker_process import ENDS, Worker
 
 import mlx_gemma3 as g3
 from mlx_gemma3.errors import RequestError
+from mlx_gemma3.runtime import thread
 from mlx_gemma3.runtime.options import OptionValues
 from mlx_gemma3.worker import protocol
+from mlx_gemma3.worker.server import Limits, Server
 
 ENDLESS: dict[str, Any] = {"max_tokens": 900, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
@@ -228,6 +233,26 @@ def test_it_ends_though_nobody_takes_what_it_says(chat_folder: Path) -> None:
         process.stdin.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         process.stdin.close()
         assert process.wait(30) == 0
+
+
+def test_a_load_can_be_cancelled(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, fetch = threading.Event(), thread.resolve
+    monkeypatch.setattr(thread, "resolve", lambda *a, **k: (go.wait(20), fetch(*a, **k))[1])
+    ours, theirs = os.pipe()
+    events: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    with os.fdopen(ours, "rb") as source, os.fdopen(theirs, "wb", buffering=0) as sink:
+        server = threading.Thread(target=Server(source, events.put, Limits(), "0").run)
+        server.start()
+        sink.write(json.dumps({"id": 1, "op": "load", "model": str(chat_folder)}).encode() + b"\n")
+        sink.write(b'{"id": 2, "op": "cancel", "target": 1}\n')
+        found = [json.loads(events.get(timeout=20)) for _ in range(3)]
+        assert {event.get("id"): event.get("code") for event in found} == {None: None, 2: None, 1: "closed"}
+        sink.write(b'{"id": 3, "op": "status"}\n')
+        assert json.loads(events.get(timeout=20))["result"]["model"] is None
+        go.set()
+        sink.close()
+        server.join(20)
+    assert not server.is_alive()
 
 
 def test_limits_are_kept_and_said(chat_folder: Path) -> None:

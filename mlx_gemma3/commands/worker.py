@@ -20,6 +20,7 @@ def worker(
 
     Ends when standard input does. docs/worker.md says what the lines hold.
     """
+    from .. import __version__
     from ..worker.server import Limits, Server
 
     limits = Limits(line_bytes=max_line << 20, queued=max_queued, sessions=max_sessions)
@@ -32,7 +33,7 @@ def worker(
             while rest:
                 rest = rest[sink.write(rest) or 0 :]
 
-        Server(source, write, limits).run()
+        Server(source, write, limits, __version__).run()
         sys.stdout.flush()
 
 

@@ -167,7 +167,7 @@ class Stream:
 class AsyncStream:
     """The same for asyncio: waits without polling and without holding up the loop.
 
-    Cancelling the task that waits for it cancels the answer.
+    For one task at a time. Cancelling the task that waits for it cancels the answer.
     """
 
     def __init__(self, stream: Stream) -> None:

@@ -56,9 +56,9 @@ class _Job:
 class Server:
     """One worker: a source of lines, and what takes lines."""
 
-    def __init__(self, source: BinaryIO, write: Callable[[bytes], object], limits: Limits) -> None:
-        """write: takes a whole line; an OSError of it means that nobody reads any more."""
-        self._source, self._write, self._limits = source, write, limits
+    def __init__(self, source: BinaryIO, write: Callable[[bytes], object], limits: Limits, version: str) -> None:
+        """write: takes a whole line; an OSError of it means that nobody reads any more. version: of the package."""
+        self._source, self._write, self._limits, self._version = source, write, limits, version
         self._writing = threading.Lock()
         self._state = threading.Condition()
         self._waiting: deque[_Job] = deque()
@@ -168,11 +168,9 @@ class Server:
             }
 
     def _identity(self) -> dict[str, Any]:
-        from .. import __version__
-
         limits = self._limits
         return {
-            "version": __version__,
+            "version": self._version,
             "pid": os.getpid(),
             "limits": {"line_bytes": limits.line_bytes, "queued": limits.queued, "sessions": limits.sessions},
         }

@@ -61,7 +61,11 @@ public final class ChatModel {
         stop()
         await answering?.value
         try? await engine?.close()
-        (engine, session, answering, turns, state) = (nil, nil, nil, [], .empty)
+        engine = nil
+        session = nil
+        answering = nil
+        turns = []
+        state = .empty
     }
 
     private func follow(_ answer: Gemma3Answer) async {

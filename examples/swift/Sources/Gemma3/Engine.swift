@@ -14,14 +14,16 @@ public struct Gemma3Options: Sendable {
     public init() {}
 
     /// In the Python thread only.
-    var arguments: [(key: String, value: PythonConvertible)] {
-        var found: [(key: String, value: PythonConvertible)] = [
-            ("max_tokens", maxTokens), ("stop", stop), ("pan_and_scan", panAndScan),
+    var arguments: [Argument] {
+        var found: [Argument] = [
+            (key: "max_tokens", value: maxTokens),
+            (key: "stop", value: stop),
+            (key: "pan_and_scan", value: panAndScan),
         ]
-        if let temperature { found.append(("temperature", temperature)) }
-        if let topK { found.append(("top_k", topK)) }
-        if let topP { found.append(("top_p", topP)) }
-        if let seed { found.append(("seed", seed)) }
+        if let temperature { found.append((key: "temperature", value: temperature)) }
+        if let topK { found.append((key: "top_k", value: topK)) }
+        if let topP { found.append((key: "top_p", value: topP)) }
+        if let seed { found.append((key: "seed", value: seed)) }
         return found
     }
 }
@@ -42,19 +44,23 @@ public final class Gemma3Engine: Sendable {
     /// Load a model: alias, folder, `owner/name` on the Hub, or .gguf file.
     public init(_ model: String, textOnly: Bool = false) async throws {
         engine = try await PythonThread.shared.run {
-            let module = try Python.attemptImport("mlx_gemma3")
-            let arguments: [(key: String, value: PythonConvertible)] = [
-                ("", model), ("text_only", textOnly), ("quiet", true), ("wait", false),
+            let arguments: [Argument] = [
+                (key: "", value: model),
+                (key: "text_only", value: textOnly),
+                (key: "quiet", value: true),
+                (key: "wait", value: false),
             ]
-            return PythonBox(try module.load.throwing.dynamicallyCall(withKeywordArguments: arguments))
+            return PythonBox(try call(Python.attemptImport("mlx_gemma3"), "load", arguments))
         }
         let loading = engine
         do {
-            while try await !PythonThread.shared.run({
-                let wait = loading.object.wait_until_loaded.throwing
-                return Bool(try wait.dynamicallyCall(withArguments: pollSeconds)) ?? false
-            }) {
+            var ready = false
+            while !ready {
                 try Task.checkCancellation()
+                ready = try await PythonThread.shared.run {
+                    let found = try call(loading.object, "wait_until_loaded", [(key: "", value: pollSeconds)])
+                    return Bool(found) ?? false
+                }
             }
         } catch {
             try? await close()
@@ -64,22 +70,23 @@ public final class Gemma3Engine: Sendable {
 
     /// Answer a prompt. Pictures are the bytes of picture files and stand before the words.
     public func answer(_ prompt: String, pictures: [Data] = [], options: Gemma3Options = .init()) -> Gemma3Answer {
-        stream(of: engine, "stream", prompt, pictures, options)
+        startAnswer(of: engine, "stream", prompt, pictures, options)
     }
 
     /// A conversation that keeps what it has read; `resume` is a file from `Gemma3Session.save`.
     public func session(system: String? = nil, resume: URL? = nil) async throws -> Gemma3Session {
         let engine = self.engine
-        return Gemma3Session(try await PythonThread.shared.run {
-            let arguments: [(key: String, value: PythonConvertible)] = [("system", system), ("resume", resume?.path)]
-            return PythonBox(try engine.object.session.throwing.dynamicallyCall(withKeywordArguments: arguments))
-        })
+        let session = try await PythonThread.shared.run {
+            let arguments: [Argument] = [(key: "system", value: system), (key: "resume", value: resume?.path)]
+            return PythonBox(try call(engine.object, "session", arguments))
+        }
+        return Gemma3Session(session)
     }
 
     /// Cancel what is in work and free the model.
     public func close() async throws {
         let engine = self.engine
-        try await PythonThread.shared.run { _ = try engine.object.close.throwing.dynamicallyCall(withArguments: []) }
+        try await PythonThread.shared.run { _ = try call(engine.object, "close") }
     }
 }
 
@@ -90,20 +97,18 @@ public final class Gemma3Session: Sendable {
     init(_ session: PythonBox) { self.session = session }
 
     public func send(_ words: String, pictures: [Data] = [], options: Gemma3Options = .init()) -> Gemma3Answer {
-        stream(of: session, "send", words, pictures, options)
+        startAnswer(of: session, "send", words, pictures, options)
     }
 
     /// Forget the last turn and its answer.
     public func undo() async throws {
         let session = self.session
-        try await PythonThread.shared.run { _ = try session.object.undo.throwing.dynamicallyCall(withArguments: []) }
+        try await PythonThread.shared.run { _ = try call(session.object, "undo") }
     }
 
     public func save(to file: URL) async throws {
         let session = self.session
-        try await PythonThread.shared.run {
-            _ = try session.object.save.throwing.dynamicallyCall(withArguments: file.path)
-        }
+        try await PythonThread.shared.run { _ = try call(session.object, "save", [(key: "", value: file.path)]) }
     }
 }
 
@@ -111,28 +116,29 @@ public final class Gemma3Session: Sendable {
 private let pollSeconds = 0.05
 
 /// Poll a Python stream until it ends. Cancelling the task that reads cancels the answer.
-private func stream(
+private func startAnswer(
     of owner: PythonBox, _ method: String, _ words: String, _ pictures: [Data], _ options: Gemma3Options
 ) -> Gemma3Answer {
     Gemma3Answer { continuation in
         let task = Task {
             do {
-                let stream = try await PythonThread.shared.run {
+                let answer = try await PythonThread.shared.run {
                     var arguments = options.arguments
-                    arguments.append(("", words))
-                    arguments.append(("images", pictures.map { PythonBytes($0) }))
-                    let start = owner.object[dynamicMember: method].throwing
-                    return PythonBox(try start.dynamicallyCall(withKeywordArguments: arguments))
+                    arguments.append((key: "", value: words))
+                    arguments.append((key: "images", value: pictures.map { PythonBytes($0) }))
+                    return PythonBox(try call(owner.object, method, arguments))
                 }
                 var ended = false
                 while !ended {
                     let stop = Task.isCancelled
-                    let event = try await PythonThread.shared.run {
-                        if stop { _ = try stream.object.cancel.throwing.dynamicallyCall(withArguments: []) }
-                        return try poll(stream.object)
+                    let events = try await PythonThread.shared.run {
+                        if stop { try call(answer.object, "cancel") }
+                        return try nextEvents(of: answer.object)
                     }
-                    if let event { continuation.yield(event) }
-                    if case .done = event { ended = true }
+                    for event in events {
+                        continuation.yield(event)
+                        if case .done = event { ended = true }
+                    }
                 }
                 continuation.finish()
             } catch {
@@ -143,25 +149,39 @@ private func stream(
     }
 }
 
-/// The next event of a Python stream, nil when there was none. In the Python thread only.
-private func poll(_ stream: PythonObject) throws -> Gemma3Event? {
-    let event = try stream.next.throwing.dynamicallyCall(withArguments: pollSeconds)
+/// The events of a Python stream that come in time: several streams may share the thread. In the Python thread only.
+private func nextEvents(of stream: PythonObject) throws -> [Gemma3Event] {
+    var events: [Gemma3Event] = []
+    do {
+        while let event = try nextEvent(of: stream, within: events.isEmpty ? pollSeconds : 0) {
+            events.append(event)
+            if case .done = event { break }
+        }
+    } catch {
+        if events.isEmpty { throw error }  // else it is given again at the next call
+    }
+    return events
+}
+
+/// The next event, nil when none came in time.
+private func nextEvent(of stream: PythonObject, within seconds: Double) throws -> Gemma3Event? {
+    let event = try call(stream, "next", [(key: "", value: seconds)])
     func text(_ name: String) -> String { event.checking[name].flatMap { String($0) } ?? "" }
-    func count(_ name: String, of usage: PythonObject) -> Int { usage.checking[name].flatMap { Int($0) } ?? 0 }
+    func count(_ name: String, in found: PythonObject?) -> Int { found?.checking[name].flatMap { Int($0) } ?? 0 }
     switch text("kind") {
     case "text":
         return .text(text("text"))
     case "done":
-        let usage = event["usage"]
+        let usage = event.checking["usage"]
         return .done(
             text: text("text"), finishReason: text("finish_reason"),
-            promptTokens: count("prompt_tokens", of: usage),
-            completionTokens: count("completion_tokens", of: usage))
+            promptTokens: count("prompt_tokens", in: usage),
+            completionTokens: count("completion_tokens", in: usage))
     case "error":
         throw Gemma3Error(code: text("code"), message: text("message"))
     default:
         let stage = text("stage")
-        return stage.isEmpty
-            ? nil : .progress(stage: stage, done: count("done", of: event), total: count("total", of: event))
+        if stage.isEmpty { return nil }
+        return .progress(stage: stage, done: count("done", in: event), total: count("total", in: event))
     }
 }

@@ -19,11 +19,12 @@ final class PythonThread: @unchecked Sendable {
     }
 
     /// Do something in the Python thread, after what was asked before. Python's errors are thrown as `Gemma3Error`.
-    func run<Result: Sendable>(_ body: @escaping @Sendable () throws -> Result) async throws -> Result {
-        try await withCheckedThrowingContinuation { (continuation: CheckedContinuation<Result, Error>) in
+    func run<Value: Sendable>(_ body: @escaping @Sendable () throws -> Value) async throws -> Value {
+        try await withCheckedThrowingContinuation { (continuation: CheckedContinuation<Value, Error>) in
             add {
                 do {
-                    continuation.resume(returning: try body())
+                    let value = try body()
+                    continuation.resume(returning: value)
                 } catch let error as PythonError {
                     continuation.resume(throwing: Gemma3Error(error))
                 } catch {
@@ -72,6 +73,15 @@ final class PythonBox: @unchecked Sendable {
     }
 }
 
+/// One argument of a Python call; an empty key is a positional one.
+typealias Argument = (key: String, value: PythonConvertible)
+
+/// object.name(arguments). An error is thrown: without `throwing` PythonKit would end the application.
+@discardableResult
+func call(_ object: PythonObject, _ name: String, _ arguments: [Argument] = []) throws -> PythonObject {
+    try object[dynamicMember: name].throwing.dynamicallyCall(withKeywordArguments: arguments)
+}
+
 /// What went wrong, as the Python package says it: `code` stays the same from version to version.
 public struct Gemma3Error: LocalizedError, Sendable {
     public let code: String
@@ -86,7 +96,7 @@ public struct Gemma3Error: LocalizedError, Sendable {
 
     /// In the Python thread only.
     init(_ error: PythonError) {
-        if case .exception(let exception, _) = error {
+        if case .exception(let exception, traceback: _) = error {
             code = exception.checking.code.flatMap { String($0) } ?? "error"
             message = exception.description
         } else {
