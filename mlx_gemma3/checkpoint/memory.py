@@ -231,14 +231,29 @@ def _row_bytes(inner: int, hidden: int, heads: int) -> int:
     return 4 * (5 * inner + 10 * hidden + 7 * heads)
 
 
-def largest_context(config: Config, weight_bytes: int, budget: int, *, kv_bits: int = 16, fused: bool = True,
-                    dtype_bytes: int = 2) -> int:  # fmt: skip
+def largest_context(
+    config: Config,
+    weight_bytes: int,
+    budget: int,
+    *,
+    kv_bits: int = 16,
+    local_kv_bits: int = 16,
+    dtype_bytes: int = 2,
+    fused: bool = True,
+) -> int:
     """The longest context that fits into `budget` bytes, in steps of 256 tokens; 0 when not even one step does."""
     limit = config.text.max_position_embeddings
 
     def fits(steps: int) -> bool:
-        context = min(steps * STEP, limit)
-        need = estimate(config, weight_bytes, context=context, kv_bits=kv_bits, dtype_bytes=dtype_bytes, fused=fused)
+        need = estimate(
+            config,
+            weight_bytes,
+            context=min(steps * STEP, limit),
+            kv_bits=kv_bits,
+            local_kv_bits=local_kv_bits,
+            dtype_bytes=dtype_bytes,
+            fused=fused,
+        )
         return need.total <= budget
 
     low, high = 0, -(-limit // STEP)
