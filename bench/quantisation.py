@@ -229,8 +229,8 @@ of the packed model from the plain one, in nats a token, with the standard error
 {table}
 
 Codes are chosen for the scales as they are written, in bfloat16; mlx-lm chooses them before it rounds the scales, which
-is a third of the error at 8 bits. "Searched" (`--search`, and the presets small and balanced) tries three ranges for
-each group, each improved once by least squares, and keeps the one with the smallest squared error.
+nearly doubles the divergence at 8 bits. "Searched" (`--search`, and the presets small and balanced) tries three ranges
+for each group, each improved once by least squares, and keeps the one with the smallest squared error.
 
 The presets:
 

@@ -193,7 +193,9 @@ class Config:
             raise ConfigError("text_config", got="nothing", want="an object (config.json)")
 
         text_values = _object(values, "text_config") if nested else values
-        vision_values = _object(values, "vision_config") if values.get("vision_config") is not None else None
+        # An empty object is what mlx-vlm writes for a text-only model.
+        sees = values.get("vision_config") is not None and (nested or values["vision_config"] != {})
+        vision_values = _object(values, "vision_config") if sees else None
         # Text settings repeated beside text_config are let pass: text_config decides, as in the reference.
         _refuse_unknown(values, _TEXT_KEYS | _TOP_KEYS, "")
         _refuse_unknown(text_values, _TEXT_KEYS | _TOP_KEYS, "text_config." if nested else "")

@@ -240,7 +240,7 @@ def test_progress_is_shown_where_a_person_can_see_it(chat_folder: Path, picture:
     shown = os.read(seen, 100_000).decode()
     os.close(seen)
     assert done.returncode == 0
-    assert "loading" in shown and "reading pictures" in shown and "reading prompt" in shown
+    assert "loading" in shown and "looking at pictures" in shown and "100 %" in shown and "tokens/s" in shown
     assert shown.endswith("\r\x1b[2K")
 
 

@@ -201,6 +201,9 @@ def test_what_mlx_vlm_adds_is_understood() -> None:
     added = with_text(rope_global_base_freq=1e6, rope_traditional=False) | {"hidden_size": 2048, "vocab_size": 257152}
     assert Config.from_dict(added) == Config.from_dict(HUB_4B)
     assert Config.from_dict(with_text(rope_global_base_freq=5e5)).text.rope_theta == 5e5
+    assert Config.from_dict(TEXT_1B | {"vision_config": {}}) == Config.from_dict(TEXT_1B)
+    with pytest.raises(ConfigError, match="hidden_size"):
+        Config.from_dict(HUB_4B | {"vision_config": {}})
 
 
 @pytest.mark.parametrize(

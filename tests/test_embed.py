@@ -69,6 +69,7 @@ def run(host: Path, model: Path, folder: Path, requests: int, ending: str, *, se
         "ASAN_OPTIONS": "quarantine_size_mb=8:detect_leaks=" + str(int(sys.platform == "linux")),
         "LSAN_OPTIONS": f"print_suppressions=0:suppressions={HERE / 'embed' / 'leaks.txt'}",
     }
+    environment.pop("LD_PRELOAD", None)  # the sanitizer wants to be the first library
     if b"__asan" not in host.read_bytes():
         del environment["PYTHONMALLOC"]
     command = [str(host), str(libpython()), str(model), str(picture), str(requests), "8", str(seed), ending]

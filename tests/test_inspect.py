@@ -329,3 +329,11 @@ def test_what_is_wrong_is_one_line(run: Run, words: tuple[str, ...], error: type
     with pytest.raises(error) as caught:
         run(*words)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("bits", "gib"), [("16", 2.6), ("8", 1.4), ("4", 0.73)])
+def test_local_layers_can_be_packed_too(run: Run, bits: str, gib: float) -> None:
+    words = ["4b", "--memory", "64", "--context", "128k", "--kv-bits", bits, "--local-kv-bits", bits]
+    parts = about(run, "fit", *words)["parts"]
+    assert (parts["kv_global"] + parts["kv_local"]) / 2**30 == pytest.approx(gib, rel=0.05)
+    assert about(run, "fit", *words[:-2])["parts"]["kv_local"] == pytest.approx(29 * 2 * 4 * 256 * 1279 * 2)

@@ -35,6 +35,7 @@ def fit(
         str | None, typer.Option(help="Tokens to hold, as 32768 or 128k.", show_default="8k, or what the model has")
     ] = None,
     kv_bits: Annotated[int, typer.Option(help="Of the keys and values of global layers: 16, 8 or 4.")] = 16,
+    local_kv_bits: Annotated[int, typer.Option(help="The same for local layers, which are small.")] = 16,
     bits: Annotated[
         int | None,
         typer.Option(help="Of the weights: 16, 8, 6, 5, 4, 3 or 2.", show_default="as stored, else the most that fit"),
@@ -47,19 +48,23 @@ def fit(
 ) -> None:
     """Say which sizes, bits and contexts fit into memory, with the arithmetic."""
     from ..checkpoint.memory import WEIGHT_BITS, other_mac, this_machine
+    from ..checkpoint.sizes import SIZES
     from ..model.cache import KV_BITS
 
-    if kv_bits not in KV_BITS:
-        raise OptionError("--kv-bits", got=kv_bits, want="16, 8 or 4")
+    for name, asked in (("--kv-bits", kv_bits), ("--local-kv-bits", local_kv_bits)):
+        if asked not in KV_BITS:
+            raise OptionError(name, got=asked, want="16, 8 or 4")
     if bits is not None and bits not in WEIGHT_BITS:
         raise OptionError("--bits", got=bits, want=", ".join(map(str, WEIGHT_BITS)))
     tokens = parse_context(context) if context is not None else None
     machine = this_machine() if memory is None else other_mac(memory)
     if model is None:
-        about = all_sizes(machine, tokens, kv_bits, bits, text_only=text_only)
+        sizes = [replace(_published(size, text_only=text_only), local_kv_bits=local_kv_bits) for size in SIZES]
+        about = all_sizes(sizes, machine, tokens, kv_bits, bits)
         lines = sizes_report(about)
     else:
-        about = one(_find(model, text_only=text_only), machine, tokens, kv_bits, bits)
+        subject = replace(_find(model, text_only=text_only), local_kv_bits=local_kv_bits)
+        about = one(subject, machine, tokens, kv_bits, bits)
         lines = one_report(about)
     typer.echo(json.dumps(about, ensure_ascii=False) if as_json else "\n".join(lines))
 
@@ -84,6 +89,7 @@ class Subject:
     name: str
     config: Config
     entries: Sequence[Entry] = ()  # of a checkpoint; none of a size
+    local_kv_bits: int = 16
 
     def weights(self, bits: int | None, machine: Machine) -> int:
         """Bytes in memory at these bits; None: as the checkpoint is."""
@@ -101,6 +107,7 @@ class Subject:
             self.weights(bits, machine),
             context=context,
             kv_bits=kv_bits,
+            local_kv_bits=self.local_kv_bits,
             dtype_bytes=machine.dtype_bytes,
             fused=machine.metal,
         )
@@ -114,6 +121,7 @@ class Subject:
             self.weights(bits, machine),
             machine.budget,
             kv_bits=kv_bits,
+            local_kv_bits=self.local_kv_bits,
             dtype_bytes=machine.dtype_bytes,
             fused=machine.metal,
         )
@@ -148,14 +156,12 @@ def _published(size: str, *, text_only: bool) -> Subject:
 
 
 def all_sizes(
-    machine: Machine, tokens: int | None, kv_bits: int, bits: int | None, *, text_only: bool
+    subjects: Sequence[Subject], machine: Machine, tokens: int | None, kv_bits: int, bits: int | None
 ) -> dict[str, Any]:
     """The longest context of every size at every number of bits; with `tokens`, whether these fit."""
-    from ..checkpoint.sizes import SIZES
-
     rows = []
-    for size in SIZES:
-        subject = _published(size, text_only=text_only)
+    for subject in subjects:
+        size = subject.name
         for each in (bits,) if bits else BITS:
             longest = subject.longest(each, machine, kv_bits)
             row = {"size": size, "bits": each, "weights": subject.weights(each, machine), "largest_context": longest}
@@ -189,7 +195,7 @@ def one(subject: Subject, machine: Machine, tokens: int | None, kv_bits: int, bi
         "kv_bits": kv_bits,
         "context": context,
         "parts": asdict(need) | {"working": need.working},
-        "how": _explained(subject.config, machine, context, kv_bits),
+        "how": _explained(subject, machine, context, kv_bits),
         "total": need.total,
         "fits": need.total <= machine.budget,
         "largest_context": subject.longest(bits, machine, kv_bits),
@@ -204,6 +210,7 @@ def _smaller(subject: Subject, machine: Machine, context: int, kv_bits: int) -> 
 
     for size in reversed(list(SIZES)):
         other = _published(size, text_only=subject.config.vision is None)
+        other = replace(other, local_kv_bits=subject.local_kv_bits)
         for bits in BITS:
             less = other.weights(bits, machine) < subject.weights(bits, machine)
             if less and other.longest(bits, machine, kv_bits) >= context:
@@ -211,22 +218,25 @@ def _smaller(subject: Subject, machine: Machine, context: int, kv_bits: int) -> 
     return None
 
 
-def _explained(config: Config, machine: Machine, context: int, kv_bits: int) -> dict[str, str]:
+def _explained(subject: Subject, machine: Machine, context: int, kv_bits: int) -> dict[str, str]:
     """The factors of each part, as memory.py multiplies them."""
     from ..checkpoint.memory import hardest_read, score_bytes
     from ..model.cache import STEP, WindowCache
 
+    config = subject.config
     text, kinds = config.text, config.text.layer_types
     far = sum(text.is_global(layer) for layer in range(len(kinds)))
     row = f"layers x 2 x {text.num_key_value_heads} heads x {text.head_dim} x"
     size = machine.dtype_bytes
-    at, chunk = hardest_read(config, context, kv_bits=kv_bits, dtype_bytes=size, fused=machine.metal)
-    room, plain = -(-context // STEP) * STEP, size * 8
+    both = {"kv_bits": kv_bits, "local_kv_bits": subject.local_kv_bits}
+    at, chunk = hardest_read(config, context, **both, dtype_bytes=size, fused=machine.metal)
+    room = -(-context // STEP) * STEP
     scores = score_bytes(config, at, chunk, kv_bits=kv_bits, dtype_bytes=size, fused=machine.metal)
-    packed = f"{kv_bits} bits and scales" if kv_bits < 16 else f"{plain} bits"
+    stored = {name: f"{bits} bits and scales" if bits < 16 else f"{size * 8} bits" for name, bits in both.items()}
     return {
-        "kv_global": f"{far} {row} {room:,} tokens, {packed}",
-        "kv_local": f"{len(kinds) - far} {row} {WindowCache(text.sliding_window).capacity:,} tokens, {plain} bits",
+        "kv_global": f"{far} {row} {room:,} tokens, {stored['kv_bits']}",
+        "kv_local": f"{len(kinds) - far} {row} {WindowCache(text.sliding_window).capacity:,} tokens, "
+        f"{stored['local_kv_bits']}",
         "prefill": f"{chunk:,} tokens at once"
         + (f", scores {text.num_attention_heads} heads x {chunk:,} x {at:,}" if scores else ""),
         "vision": f"{config.vision.num_attention_heads} heads x {config.vision.grid**2:,} patches squared"
