@@ -60,8 +60,9 @@ def tables(rows: list[dict[str, str]]) -> str:
     lines = [
         f"Machine: {'; '.join(about['machine'])}; load average while measuring {min(loads):.1f} to {max(loads):.1f}.",
         f"Versions: {' / '.join(about['versions'])}. Commit: {', '.join(about['commit'])}.",
-        "Median (lowest to highest). Ratio: the median of the rounds' ratios, here / there for seconds, ms and MiB,",
-        "and for tokens a second, so below 1 is better for the former and above 1 for the latter.",
+        "",
+        "Median (lowest to highest, where there are several rounds). Ratio: here / other, the median of the rounds'; bold",
+        "where it is better here: below 1 for seconds, ms and MiB, above 1 for tokens a second.",
         "",
     ]
     for title, figures in SECTIONS.items():
@@ -83,7 +84,8 @@ def _lines(values: Values, figure: str, name: str) -> list[str]:
             ratios = [ours[number] / theirs[number] for number in ours.keys() & theirs.keys()]
             better = statistics.median(ratios) if ratios else float("nan")
             good = (better >= 1) == (figure in RATES)
-            ratio = f"**{better:.2f}**" if good else f"{better:.2f}"
+            shown = f"{better:.2f}" if better >= 0.1 else f"{better:.3f}"
+            ratio = f"**{shown}**" if good else shown
             lines.append(f"| {name} | {setting} | {_shown(ours)} | {program} | {_shown(theirs)} | {ratio} |")
     return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,38 @@ def test_on_the_cpu_packed_matrices_are_unpacked_for_many_rows_only(monkeypatch:
         x = mx.random.normal((rows, 64), key=mx.random.key(rows))
         assert mx.allclose(fast(x), layer(x), atol=1e-5)
     assert len(unpacked) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_product_shared_out_among_cores_is_the_product(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "cores", lambda: count)
+    monkeypatch.setattr(cpu, "WORTH_SHARING", 1)
+    x, turned = mx.random.normal((2, 5, 33), key=mx.random.key(1)), mx.random.normal((33, 21), key=mx.random.key(2))
+    assert mx.allclose(cpu.shared_matmul(x, turned), x @ turned, atol=1e-5)
+    linear = nn.Linear(33, 21)
+    assert mx.allclose(cpu.SharedLinear(linear)(x), linear(x), atol=1e-5)
+    head = nn.Embedding(21, 33)
+    assert mx.allclose(cpu.SharedEmbedding(head).as_linear(x), head.as_linear(x), atol=1e-5)
+    assert mx.array_equal(cpu.SharedEmbedding(head)(mx.array([3, 20])), head(mx.array([3, 20])))
+    q, k, v = (mx.random.normal((1, 5, 9, 8), key=mx.random.key(n)) for n in range(3))
+    assert mx.allclose(cpu.attend_by_head(q, k, v, 0.3), attend_all(q, k, v, 0.3), atol=1e-6)
+
+
+def test_each_thread_has_streams_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "cores", lambda: 2)
+    monkeypatch.setattr(cpu, "WORTH_SHARING", 1)
+    x = np.ones((3, 4), dtype=np.float32)
+    found: list[float] = []
+
+    def work() -> None:
+        found.append(float(cpu.shared_matmul(mx.array(x), mx.array(x.T)).sum().item()))
+
+    work()
+    for _ in range(3):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == [36.0] * 4
 
 
 def test_a_turned_matrix_is_stored_input_by_input() -> None:

@@ -7,7 +7,12 @@ right for one token, but from a few rows on it is cheaper to unpack the matrix, 
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,8 +21,12 @@ from mlx.utils import tree_map_with_path
 
 from .attention import attend_all
 
+MOST_CORES = 4
+WORTH_SHARING = 1 << 22  # multiplications, a millisecond or so; handing over to another thread takes some 50 µs
 UNPACK_FROM = 8  # rows
 BLOCK = 64  # rows
+
+_here = threading.local()
 
 
 def multiplier(module: nn.Module) -> Callable[[mx.array], mx.array]:
@@ -28,7 +37,7 @@ def multiplier(module: nn.Module) -> Callable[[mx.array], mx.array]:
     turn(module)
     turned = module.weight.T
     mx.eval(turned)
-    return lambda x: x @ turned
+    return lambda x: shared_matmul(x, turned)
 
 
 def arrange(model: nn.Module) -> None:
@@ -37,20 +46,21 @@ def arrange(model: nn.Module) -> None:
     def changed(_: str, module: nn.Module) -> nn.Module:
         if isinstance(module, nn.QuantizedLinear):
             return UnpackingLinear(module)
-        if isinstance(module, nn.Linear):
-            turn(module)
-        return module
+        return SharedLinear(module) if isinstance(module, nn.Linear) else module
 
     model.update_modules(tree_map_with_path(changed, model.leaf_modules(), is_leaf=nn.Module.is_module))
 
 
 def attend_by_head(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """attention.attend_all, one head after another: the scores of a picture's 4,096 patches are 64 MiB a head."""
-    out = []
-    for head in range(q.shape[1]):
-        one = slice(head, head + 1)
-        out.append(attend_all(q[:, one], k[:, one], v[:, one], scale))
-        mx.eval(out[-1])
+    """attention.attend_all, a head a core at a time: the scores of 4,096 patches are 64 MiB a head."""
+    out: list[mx.array] = []
+    streams = _streams(min(cores(), MOST_CORES))
+    for first in range(0, q.shape[1], len(streams)):
+        for head, stream in zip(range(first, q.shape[1]), streams, strict=False):
+            one = slice(head, head + 1)
+            with mx.stream(stream):
+                out.append(attend_all(q[:, one], k[:, one], v[:, one], scale))
+        mx.eval(out[first:])
     return mx.concatenate(out, axis=1)
 
 
@@ -70,6 +80,75 @@ def turn(module: nn.Module) -> None:
         turned[:, start : start + BLOCK] = rows[start : start + BLOCK].T
     module.weight = stored.T
     mx.eval(module.weight)
+
+
+def shared_matmul(x: mx.array, turned: mx.array) -> mx.array:
+    """x (…, in) @ turned (in, out): large products in parts of the inputs, a part for each core, added up.
+
+    For BLAS of one thread (`cores`): each of MLX's streams has a thread of its own.
+    """
+    work = x.size * turned.shape[1]  # multiplications
+    parts = min(cores(), MOST_CORES) if work >= WORTH_SHARING else 1
+    if parts == 1 or turned.dtype != mx.float32:
+        return x @ turned
+    size = turned.shape[0]
+    borders = [size * part // parts for part in range(parts + 1)]
+    sums = [
+        mx.matmul(x[..., start:stop], turned[start:stop], stream=stream)
+        for start, stop, stream in zip(borders, borders[1:], _streams(parts), strict=False)
+    ]
+    total = sums[0]
+    for part in sums[1:]:
+        total = total + part
+    return total
+
+
+@cache
+def cores() -> int:
+    """Cores that a matrix product of MLX leaves idle: 1 where its BLAS has threads itself (Accelerate, OpenBLAS)."""
+    if sys.platform != "linux":
+        return 1
+    loaded = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    if "/libopenblas" in loaded:  # numpy's own is called otherwise
+        return 1
+    return len(os.sched_getaffinity(0))
+
+
+def _streams(count: int) -> list[mx.Stream]:
+    """The default stream and `count` - 1 more; a stream belongs to the thread that made it."""
+    if not hasattr(_here, "streams"):
+        _here.streams = []
+    while len(_here.streams) < count - 1:
+        _here.streams.append(mx.new_stream(mx.cpu))
+    return [mx.default_stream(mx.cpu), *_here.streams[: count - 1]]
+
+
+class SharedLinear(nn.Linear):
+    """A plain matrix, turned, and multiplied with by all cores."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        for name, array in plain.items():
+            self[name] = array
+        turn(self)
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out = shared_matmul(x, self["weight"].T)
+        return out + self.bias if "bias" in self else out
+
+
+class SharedEmbedding(nn.Embedding):
+    """A plain embedding, turned: it is multiplied with as the head."""
+
+    def __init__(self, plain: nn.Embedding) -> None:
+        nn.Module.__init__(self)
+        self.weight = plain.weight
+        turn(self)
+        self.freeze()
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return shared_matmul(x, self["weight"].T)
 
 
 class UnpackingLinear(nn.QuantizedLinear):
@@ -94,4 +173,4 @@ def unpacking_matmul(x: mx.array, packed: nn.QuantizedLinear) -> mx.array:
     if x.size < UNPACK_FROM * x.shape[-1]:
         return mx.quantized_matmul(x, weight, scales, biases, True, group, bits, mode)
     plain = mx.dequantize(weight, scales, biases, group, bits, mode).astype(x.dtype)
-    return x @ mx.contiguous(plain.T)
+    return shared_matmul(x, mx.contiguous(plain.T))

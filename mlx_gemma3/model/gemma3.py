@@ -143,7 +143,8 @@ class Gemma3(nn.Module):
         """
         caches.ends_in_image = False
         if self._turn_head:  # worth its time when a second token is asked for, not before the first
-            cpu.turn(self.language_model.embed_tokens)
+            if isinstance(self.language_model.embed_tokens, nn.Embedding):
+                self.language_model.embed_tokens = cpu.SharedEmbedding(self.language_model.embed_tokens)
             self._turn_head = False
         hidden = self._decoder(self.language_model.embed(tokens[:, None]), caches=caches, padding=caches.padding)
         return self.head(hidden)[:, 0]
