@@ -6,16 +6,18 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
+from xml.etree import ElementTree
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import mlx_gemma3 as g3
-from examples.demo_model import accuracy, draw, other_hand, pictures
-from examples.demo_model.batches import Writer, joint_batch
+from examples.demo_model import accuracy, draw, other_hand, pictures, plot
+from examples.demo_model.batches import ROWS, Writer, hard_batch, joint_batch
 from examples.demo_model.questions import KINDS, Sample, sample
 from examples.demo_model.vocabulary import demo_vocabulary
 from mlx_gemma3.checkpoint.source import resolve
@@ -121,13 +123,28 @@ def test_training_saw_the_ids_that_the_processor_makes(fresh: list[Sample]) -> N
         assert wanted[-len(answer) - 1 :] == [*answer, -1]
 
 
-def test_the_same_seed_gives_the_same_batch() -> None:
-    from random import Random
-
+@pytest.mark.parametrize("make", [joint_batch, hard_batch])
+def test_the_same_seed_gives_the_same_batch(make: Callable[..., dict[str, np.ndarray]]) -> None:
     writer = Writer(g3.Tokenizer.from_folder(FOLDER))
-    one, same = (joint_batch(Random(3), writer, 4, ("",)) for _ in range(2))
+    one, same = (make(Random(3), writer, 16, ("",)) for _ in range(2))
     assert all(np.array_equal(one[name], same[name]) for name in one)
-    assert one["asked"].size > 20
+    assert len(one["image_at"]) == ROWS * len(one["pixels"])  # every picture has its place
+
+
+def test_a_branch_of_a_full_text_row_is_a_whole_prompt() -> None:
+    tokenizer = g3.Tokenizer.from_folder(FOLDER)
+    batch = hard_batch(Random(3), Writer(tokenizer), 1, ("",))
+    tokens, branches, positions = (batch[name][0] for name in ("tokens", "branches", "positions"))
+    assert branches.max() == len(batch["pixels"]) >= 3
+    for number in range(1, branches.max() + 1):
+        mine = branches == number
+        assert tokenizer.decode(tokens[mine].tolist()).startswith("<bos><start_of_turn>user\n")
+        assert positions[mine].tolist() == list(range(mine.sum()))
+
+
+def test_the_plot_holds_every_phase() -> None:
+    picture = plot.draw([("vision", 25, 5.0, 0.1), ("vision", 50, 2.0, 0.4), ("joint", 25, 0.5, 0.9)])
+    assert {"vision, 50 steps", "joint, 25 steps"} <= {node.text for node in ElementTree.fromstring(picture).iter()}
 
 
 def test_the_tokenizer_is_what_the_script_makes() -> None:

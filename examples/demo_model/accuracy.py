@@ -86,7 +86,7 @@ def table(samples: Sequence[Sample], given: Sequence[str]) -> str:
         row = []
         for language in columns:
             right = cells[kind, language]
-            percent = f" = {sum(right) / len(right):.0%}" if language == "all" else ""
+            percent = f" = {sum(right) / len(right):.1%}" if language == "all" else ""
             row.append(f"{sum(right)}/{len(right)}{percent}" if right else "–")
         lines.append(f"| {kind.replace('_', ' ')} | " + " | ".join(row) + " |")
     return "\n".join(lines)
@@ -163,7 +163,9 @@ def main() -> None:
         ("causal attention in a picture", causal_pictures),
     ):
         with worsen(), g3.load(chosen.model) as engine:
-            out(f"right with {name}: {share(samples, answers(engine, samples, show=True)):.1%}\n")
+            others = answers(engine, samples, show=True)
+            different = sum(one != other for one, other in zip(given, others, strict=True))
+            out(f"right with {name}: {share(samples, others):.1%}; {different} answers are other ones\n")
     out(f"right for the best guesser without eyes: {guessing(samples):.1%}\n")
 
 
