@@ -61,8 +61,8 @@ def tables(rows: list[dict[str, str]]) -> str:
         f"Machine: {'; '.join(about['machine'])}; load average while measuring {min(loads):.1f} to {max(loads):.1f}.",
         f"Versions: {' / '.join(about['versions'])}. Commit: {', '.join(about['commit'])}.",
         "",
-        "Median (lowest to highest, of several rounds). Ratio: here / other, the median of the rounds; bold where it is",
-        "better here: below 1 for seconds, ms and MiB, above 1 for tokens a second.",
+        "Median (lowest to highest, of several rounds). Ratio: here / other, the median of the rounds; bold where it",
+        "is better here: below 1 for seconds, ms and MiB, above 1 for tokens a second.",
         "",
     ]
     for title, figures in SECTIONS.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from endless import endless
 from PIL import Image
 
 import mlx_gemma3 as g3
@@ -23,6 +24,11 @@ from mlx_gemma3.worker.client import WorkerEngine
 
 ENDLESS: dict[str, Any] = {"max_tokens": 900, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def chat_folder(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return endless(chat_folder, tmp_path_factory.mktemp("endless"))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import schema
+from endless import endless
 from PIL import Image
 from worker_process import ENDS, Worker
 
@@ -29,6 +30,11 @@ from mlx_gemma3.worker.server import Limits, Server
 
 ENDLESS: dict[str, Any] = {"max_tokens": 900, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def chat_folder(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return endless(chat_folder, tmp_path_factory.mktemp("endless"))
 
 
 @pytest.fixture(scope="module")
