@@ -28,7 +28,7 @@ from mlx_gemma3.config import GLOBAL, LOCAL, Config
 from mlx_gemma3.convert import convert
 from mlx_gemma3.errors import OptionError
 from mlx_gemma3.generation.loop import chunk_size
-from mlx_gemma3.model.cache import WindowCache
+from mlx_gemma3.model.cache import Caches, WindowCache
 from mlx_gemma3.model.gemma3 import Gemma3
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "memory.md"
@@ -84,7 +84,10 @@ def test_the_chunk_is_the_one_that_prefill_takes(size: str, dtype: mx.Dtype) -> 
         config=SIZES[size], language_model=SimpleNamespace(norm=SimpleNamespace(weight=weight))
     )
     for keys in (100, 4096, 32768, 131072):
-        assert memory.prefill_chunk(SIZES[size], keys, dtype_bytes=dtype.size) == chunk_size(model, keys)
+        for bits in (16, 8):
+            caches = Caches(SIZES[size], kv_bits=bits)
+            found = memory.prefill_chunk(SIZES[size], keys, kv_bits=bits, dtype_bytes=dtype.size)
+            assert found == chunk_size(model, keys, caches)
 
 
 @pytest.mark.parametrize("size", SIZES)

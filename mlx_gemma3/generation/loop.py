@@ -20,14 +20,14 @@ SCORE_BYTES = 1 << 30
 Progress = Callable[[int, int], None]  # tokens read, tokens in all
 
 
-def chunk_size(model: Gemma3, keys: int) -> int:
+def chunk_size(model: Gemma3, keys: int, caches: Caches) -> int:
     """Tokens to read at once when there are `keys` tokens in all.
 
-    Where attention is not fused (Metal has no fused prefill for heads of 256) the scores are real memory, heads * chunk
-    * keys numbers: at most SCORE_BYTES of them, whatever the context.
+    Where attention is not fused (Metal has no fused prefill for heads of 256, nor over packed rows) the scores are real
+    memory, heads * chunk * keys numbers: at most SCORE_BYTES of them, whatever the context.
     """
     text = model.config.text
-    if text.head_dim <= 128:
+    if text.head_dim <= 128 and all(layer.keys.bits == 16 for layer in caches):
         return 2048
     row = text.num_attention_heads * keys * model.language_model.norm.weight.dtype.size
     return max(32, min(512, SCORE_BYTES // row // 32 * 32))
@@ -107,10 +107,11 @@ def prefill(
             "prompt", got=f"{caches.offset + len(tokens)} tokens", want=f"at most {limit}", do="shorten the prompt"
         )
     ids = np.array([tokens], dtype=np.int32)
+    chunk = chunk or chunk_size(model, caches.offset + len(tokens), caches)
     logits = None
     if progress is not None:
         progress(0, len(tokens))
-    for begin, end in prefill_chunks(len(tokens), spans, chunk or chunk_size(model, caches.offset + len(tokens))):
+    for begin, end in prefill_chunks(len(tokens), spans, chunk):
         if cancelled():
             return None
         inside = [rows for rows, (start, stop) in zip(features, spans, strict=True) if begin <= start and stop <= end]
