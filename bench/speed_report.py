@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 OURS = "mlx-gemma3"
+QUIET = 4.0  # load average, on two cores
 MARKS = ("<!-- measured -->\n", "<!-- /measured -->")
 RATES = {"prompt", "decode", "prompt cpu", "decode cpu"}  # more is better; of all others less
 # what is shown of a figure, in this order: section → (figure, its name and unit)
@@ -51,7 +52,20 @@ def write(rows_path: Path, command_path: Path, page: Path) -> None:
     page.write_text(head + MARKS[0] + body + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
 
 
+def quiet_rounds(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Without the rounds in which the machine was busier than QUIET, wherever there is a quieter one."""
+    rounds: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        rounds[row["figure"], row["setting"]][row["round"]].append(float(row["load"]))
+    quiet = {
+        place: {number for number, loads in numbers.items() if max(loads) < QUIET and len(loads) > 1}
+        for place, numbers in rounds.items()
+    }
+    return [row for row in rows if not (chosen := quiet[row["figure"], row["setting"]]) or row["round"] in chosen]
+
+
 def tables(rows: list[dict[str, str]]) -> str:
+    rows = quiet_rounds(rows)
     values: Values = defaultdict(dict)
     for row in rows:  # a later measurement of the same replaces an earlier one
         values[row["figure"], row["setting"], row["program"]][row["round"]] = float(row["value"])
