@@ -216,6 +216,8 @@ def test_on_the_cpu_packed_matrices_are_unpacked_for_many_rows_only(monkeypatch:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_product_shared_out_among_cores_is_the_product(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "cores", lambda: count)
+    monkeypatch.setattr(cpu, "all_cores", lambda: count)
+    monkeypatch.setattr(cpu, "QUERIES", 4)
     monkeypatch.setattr(cpu, "WORTH_SHARING", 1)
     x, turned = mx.random.normal((2, 5, 33), key=mx.random.key(1)), mx.random.normal((33, 21), key=mx.random.key(2))
     assert mx.allclose(cpu.shared_matmul(x, turned), x @ turned, atol=1e-5)

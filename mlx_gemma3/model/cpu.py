@@ -25,6 +25,7 @@ MOST_CORES = 4
 WORTH_SHARING = 1 << 22  # multiplications, a millisecond or so; handing over to another thread takes some 50 µs
 UNPACK_FROM = 8  # rows
 BLOCK = 64  # rows
+QUERIES = 1024  # of the tower's attention at once
 
 _here = threading.local()
 
@@ -52,14 +53,22 @@ def arrange(model: nn.Module) -> None:
 
 
 def attend_by_head(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """attention.attend_all, a head a core at a time: the scores of 4,096 patches are 64 MiB a head."""
+    """attention.attend_all, a head a core at a time, some queries at a time: the scores are memory here.
+
+    Half the time goes into the exponentials, which MLX computes on one thread: so with OpenBLAS too.
+    """
     out: list[mx.array] = []
-    streams = _streams(min(cores(), MOST_CORES))
+    streams = _streams(min(all_cores(), MOST_CORES))
+    k = mx.contiguous(k.swapaxes(2, 3)).swapaxes(2, 3)  # turned, as in `turn`
     for first in range(0, q.shape[1], len(streams)):
         for head, stream in zip(range(first, q.shape[1]), streams, strict=False):
             one = slice(head, head + 1)
             with mx.stream(stream):
-                out.append(attend_all(q[:, one], k[:, one], v[:, one], scale))
+                parts = [
+                    attend_all(q[:, one, start : start + QUERIES], k[:, one], v[:, one], scale)
+                    for start in range(0, q.shape[2], QUERIES)
+                ]
+                out.append(mx.concatenate(parts, axis=2))
         mx.eval(out[first:])
     return mx.concatenate(out, axis=1)
 
@@ -111,7 +120,12 @@ def cores() -> int:
     loaded = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     if "/libopenblas" in loaded:  # numpy's own is called otherwise
         return 1
-    return len(os.sched_getaffinity(0))
+    return all_cores()
+
+
+def all_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _streams(count: int) -> list[mx.Stream]:
