@@ -16,11 +16,11 @@ import pytest
 from mlx.utils import tree_flatten
 from random_model import WINDOW, random_model, random_pictures, tiny_config, tokens_with_pictures
 
-from mlx_gemma3.model import cpu, lean
-from mlx_gemma3.model.attention import attend_all, attend_all_padded
+from mlx_gemma3.model import cpu
+from mlx_gemma3.model.attention import attend, attend_all, attend_all_padded
 from mlx_gemma3.model.gemma3 import Gemma3
-from mlx_gemma3.model.layers import gelu_tanh
-from mlx_gemma3.model.lean import LeanText, gelu_times, multiplier
+from mlx_gemma3.model.layers import PatchConv, gelu_tanh
+from mlx_gemma3.model.lean import LeanText, gelu_times, gpu_kernels
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # widths that pack in groups of 32
 # What no kernel stands behind: other views of the same numbers.
@@ -64,7 +64,7 @@ def test_the_fused_model_is_the_plain_one(kind: str, form: str) -> None:
     if form == "cpu":
         model.fuse()
     else:
-        model._lean = LeanText(model.language_model, multiplier, compiled=False, between=lambda: None)
+        model._lean = LeanText(model.language_model, gpu_kernels(compiled=False))
     got = logits_of(model)
     assert max(mx.abs(a - b).max().item() for a, b in zip(want, got, strict=True)) < 1e-4
     assert not mx.array_equal(want[0], got[0]) or kind == "four bits"  # the other path was taken
@@ -118,10 +118,10 @@ def test_nothing_is_held_twice(kind: str) -> None:
 def test_a_decoded_token_takes_at_most_20_kernels_a_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Counted in the graph. MLX's fast operations are one kernel each on a GPU: here one primitive stands for each."""
     model = packed("matrices")
-    model._lean = LeanText(model.language_model, multiplier, compiled=True, between=lambda: None)
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, weight, eps: mx.erf(x))
     monkeypatch.setattr(mx.fast, "rope", lambda x, *_, **__: mx.cos(x))
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention_stand_in)
+    model._lean = LeanText(model.language_model, gpu_kernels())
     kernels = count(model, tmp_path / "graph.dot")
     layers = model.config.text.num_hidden_layers
     outside = 4  # the embedding and its scale, the last norm, the head
@@ -145,10 +145,10 @@ def test_the_tower_attends_the_same_by_head_and_with_wider_heads() -> None:
     q, k, v = (mx.random.normal((2, 3, 10, 72), key=mx.random.key(n)) for n in range(3))
     want = attend_all(q, k, v, 0.1)
     assert mx.allclose(attend_all_padded(q, k, v, 0.1), want, atol=1e-6)
-    assert mx.allclose(cpu.attend_by_head(q, k, v, 0.1), want, atol=1e-6)
+    assert mx.allclose(cpu.attend_all(q, k, v, 0.1), want, atol=1e-6)
 
 
-def test_on_the_cpu_a_picture_holds_the_scores_of_one_head() -> None:
+def test_on_the_cpu_a_picture_holds_no_scores_but_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (mx.random.normal((1, 8, 512, 16), key=mx.random.key(n)) for n in range(3))
     mx.eval(q, k, v)
     scores = 512 * 512 * 4  # bytes, of one head
@@ -160,12 +160,15 @@ def test_on_the_cpu_a_picture_holds_the_scores_of_one_head() -> None:
         mx.eval(attend(q, k, v, 0.25))
         return mx.get_peak_memory() - before
 
-    assert peak(cpu.attend_by_head) < 4 * scores < 8 * scores <= peak(attend_all)
+    monkeypatch.setattr(cpu, "BLOCK", 4096)
+    assert peak(cpu.attend_all) < 2 * scores < 8 * scores <= peak(attend_all)
 
 
 def test_geglu_is_gelu_times_up() -> None:
     gate, up = mx.random.normal((50, 40), key=mx.random.key(1)) * 4, mx.random.normal((50, 40), key=mx.random.key(2))
     assert mx.allclose(gelu_times(gate, up), gelu_tanh(gate) * up, atol=2e-6)
+    assert mx.allclose(cpu.geglu(gate, up), gelu_tanh(gate) * up, atol=2e-6)
+    assert mx.allclose(cpu.gelu_tanh(gate), gelu_tanh(gate), atol=2e-6)
     half = gelu_times(gate.astype(mx.bfloat16), up.astype(mx.bfloat16))
     assert half.dtype == mx.bfloat16 and mx.allclose(half.astype(mx.float32), gelu_tanh(gate) * up, atol=0.1, rtol=0.05)
 
@@ -201,56 +204,103 @@ def test_decoding_copies_no_cache() -> None:
     assert growth(hold=False) < one_buffer < growth(hold=True)
 
 
+@pytest.mark.parametrize("blocks", ["small", "large"])
+@pytest.mark.parametrize(
+    "kind", ["float32", "float16", "bfloat16", "2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4"]
+)
+def test_on_the_cpu_every_kind_of_matrix_is_multiplied_with(
+    kind: str, blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blocks == "small":
+        monkeypatch.setattr(cpu, "BLOCK", 200)
+        monkeypatch.setattr(cpu, "SMALL", 0)
+        monkeypatch.setattr(cpu, "WORTH_SHARING", 1)
+        monkeypatch.setattr(cpu, "all_cores", lambda: 3)
+    layer = nn.Linear(64, 50, bias=False)
+    layer.weight = mx.random.normal((50, 64), key=mx.random.key(5))
+    if "float" in kind:
+        layer.weight = layer.weight.astype(getattr(mx, kind))
+        rows = layer.weight
+    else:
+        mode = kind if not kind.isdigit() else "affine"
+        bits = {"mxfp4": 4, "nvfp4": 4, "mxfp8": 8}.get(kind) or int(kind)
+        group = 16 if kind == "nvfp4" else 32
+        layer = nn.QuantizedLinear.from_linear(layer, group, bits, mode)
+        rows = mx.dequantize(layer.weight, layer.scales, layer.get("biases"), group, bits, mode)
+    multiply = cpu.multiplier(layer)
+    for shape in ((1, 1), (1, cpu.UNPACK_FROM - 1), (2, cpu.UNPACK_FROM)):
+        x = mx.random.normal((*shape, 64), key=mx.random.key(shape[1]))
+        want = x @ rows.astype(mx.float32).T
+        assert mx.allclose(multiply(x), want, atol=1e-4, rtol=1e-4)
+        half = multiply(x.astype(mx.bfloat16))
+        assert half.dtype == mx.bfloat16 and mx.allclose(half.astype(mx.float32), want, atol=0.3, rtol=0.05)
+
+
 def test_on_the_cpu_packed_matrices_are_unpacked_for_many_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.QuantizedLinear.from_linear(nn.Linear(64, 48), 32, 4)
-    fast = cpu.UnpackingLinear(layer)
-    unpacked: list[int] = []
-    plain = mx.dequantize
-    monkeypatch.setattr(mx, "dequantize", lambda *args: unpacked.append(1) or plain(*args))
+    fast, calls = cpu.FastLinear(layer), 0
+    product = cpu.matmul
+
+    def counted(*args: Any) -> mx.array:
+        nonlocal calls
+        calls += 1
+        return product(*args)
+
+    monkeypatch.setattr(cpu, "matmul", counted)
     for rows in (1, cpu.UNPACK_FROM - 1, cpu.UNPACK_FROM, 40):
         x = mx.random.normal((rows, 64), key=mx.random.key(rows))
         assert mx.allclose(fast(x), layer(x), atol=1e-5)
-    assert len(unpacked) == 2
+    assert calls == 2
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_product_shared_out_among_cores_is_the_product(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "cores", lambda: count)
-    monkeypatch.setattr(cpu, "all_cores", lambda: count)
-    monkeypatch.setattr(cpu, "QUERIES", 4)
-    monkeypatch.setattr(cpu, "WORTH_SHARING", 1)
-    x, turned = mx.random.normal((2, 5, 33), key=mx.random.key(1)), mx.random.normal((33, 21), key=mx.random.key(2))
-    assert mx.allclose(cpu.shared_matmul(x, turned), x @ turned, atol=1e-5)
-    linear = nn.Linear(33, 21)
-    assert mx.allclose(cpu.SharedLinear(linear)(x), linear(x), atol=1e-5)
-    head = nn.Embedding(21, 33)
-    assert mx.allclose(cpu.SharedEmbedding(head).as_linear(x), head.as_linear(x), atol=1e-5)
-    assert mx.array_equal(cpu.SharedEmbedding(head)(mx.array([3, 20])), head(mx.array([3, 20])))
-    q, k, v = (mx.random.normal((1, 5, 9, 8), key=mx.random.key(n)) for n in range(3))
-    assert mx.allclose(cpu.attend_by_head(q, k, v, 0.3), attend_all(q, k, v, 0.3), atol=1e-6)
+@pytest.mark.parametrize("mask", [None, "causal", "window", "rows"])
+@pytest.mark.parametrize(("length", "count"), [(1, 40), (7, 7), (9, 40)])
+def test_on_the_cpu_attention_is_attention(
+    mask: str | None, length: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "FEW", 0)
+    monkeypatch.setattr(cpu, "BLOCK", 300)
+    shapes = ((2, 6, length, 8), (2, 3, count, 8), (2, 3, count, 8))
+    q, k, v = (mx.random.normal(shape, key=mx.random.key(n)) * 3 for n, shape in enumerate(shapes))
+    ages = mx.arange(count - length, count)[:, None] - mx.arange(count)[None]
+    window = mx.logical_and(ages >= 0, ages < 5)
+    rows = mx.stack([window, ages >= 0])[:, None]
+    how: Any = {"window": window[None, None], "rows": rows}.get(mask or "", mask)
+    if mask == "causal" and length == 1:
+        how = None
+    want = attend(q, (k,), (v,), scale=0.4, mask=how)
+    assert mx.allclose(cpu.attend(q, (k,), (v,), scale=0.4, mask=how), want, atol=1e-5)
+
+
+def test_on_the_cpu_norms_are_norms() -> None:
+    x, gain = mx.random.normal((2, 5, 33), key=mx.random.key(1)) * 4, mx.random.normal((33,), key=mx.random.key(2))
+    assert mx.allclose(cpu.norm(x, gain, 1e-6), mx.fast.rms_norm(x, gain, 1e-6), atol=1e-5)
+    assert mx.allclose(cpu.norm(x, None, 1e-6), mx.fast.rms_norm(x, None, 1e-6), atol=1e-5)
+    assert cpu.norm(x.astype(mx.bfloat16), gain.astype(mx.bfloat16), 1e-6).dtype == mx.bfloat16
+
+
+def test_on_the_cpu_patches_are_the_convolution() -> None:
+    conv = PatchConv(6, 4)
+    conv.weight, conv.bias = mx.random.normal((6, 4, 4, 3)), mx.random.normal((6,))
+    pixels = mx.random.normal((2, 12, 12, 3))
+    assert mx.allclose(cpu.FastPatches(conv)(pixels), conv(pixels), atol=1e-4)
 
 
 def test_each_thread_has_streams_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "cores", lambda: 2)
+    monkeypatch.setattr(cpu, "all_cores", lambda: 2)
     monkeypatch.setattr(cpu, "WORTH_SHARING", 1)
-    x = np.ones((3, 4), dtype=np.float32)
-    found: list[float] = []
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(64, 48, bias=False), 32, 4)
+    multiply, x = cpu.multiplier(layer), mx.ones((1, 64))
+    want = layer(x)
+    mx.eval(want)
+    found: list[bool] = []
 
     def work() -> None:
-        found.append(float(cpu.shared_matmul(mx.array(x), mx.array(x.T)).sum().item()))
+        found.append(bool(mx.allclose(multiply(mx.ones((1, 64))), want, atol=1e-5)))
 
     work()
     for _ in range(3):
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-    assert found == [36.0] * 4
-
-
-def test_a_turned_matrix_is_stored_input_by_input() -> None:
-    linear = nn.Linear(64, 48)
-    want = mx.array(linear.weight)
-    cpu.turn(linear)
-    assert mx.array_equal(linear.weight, want)
-    assert np.array(linear.weight, copy=False).strides == (4, 4 * 48)
-    assert lean.multiplier(linear)(mx.ones((1, 64))).shape == (1, 48)
+    assert found == [True] * 4

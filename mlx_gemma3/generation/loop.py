@@ -1,6 +1,6 @@
 """Read the prompt in chunks, then write one token after another.
 
-While the host looks at a token the device already works on the next: each step is issued before the one before is read.
+While the host looks at a token a GPU already works on the next: each step is issued before the one before is read.
 """
 
 from __future__ import annotations
@@ -167,15 +167,18 @@ def decode(
 
     if count < 1:
         return
+
+    def following() -> mx.array:
+        made = choose(model.step(token, caches))
+        mx.async_eval(made)
+        return made
+
     token = choose(logits)
     mx.async_eval(token)
     for written in range(1, count + 1):
-        following = None
-        if written < count:
-            following = choose(model.step(token, caches))
-            mx.async_eval(following)
+        more = written < count
+        early = following() if more and model.ahead else None
         mx.eval(token)
         yield int(np.asarray(token)[0])
-        if following is None:
-            return
-        token = following
+        if more:
+            token = early if early is not None else following()

@@ -1,8 +1,12 @@
-"""What is fastest on MLX's CPU backend, a matrix at a time. Only there: a GPU's path never comes here.
+"""What is fastest on MLX's CPU backend. Only there: a GPU's path never comes here.
 
-Measured on Linux x86-64, MLX 0.32, float32, reference BLAS (docs/performance.md): a plain matrix stored input by input
-is multiplied 1.6 to 1.9 times as fast as one stored output by output. Packed matrices are multiplied number by number:
-right for one token, but from a few rows on it is cheaper to unpack the matrix, multiply, and drop it again.
+MLX's Linux wheel multiplies with a reference BLAS on one thread, and takes exp and tanh a number at a time. numpy's
+wheels bring a BLAS that uses all cores, and vectorised functions. So matrices, attention, norms and GELU are computed
+by numpy here, in float32, on MLX's own memory; the rest of a layer stays MLX's (docs/performance.md has the figures).
+numpy computes at once: there is no graph of a whole step.
+
+Matrices that are packed or of 16 bits are unpacked some rows at a time, for each product. A packed one is left to MLX
+for a row or two, a part of it on each core.
 """
 
 from __future__ import annotations
@@ -10,117 +14,282 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from itertools import product
+from math import pi, prod, sqrt
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_map_with_path
 
-from .attention import attend_all
+from . import attention
+from .cache import Rows
+from .layers import PatchConv
+from .lean import Kernels, Multiply
+
+Floats = npt.NDArray[np.float32]
 
 MOST_CORES = 4
-WORTH_SHARING = 1 << 22  # multiplications, a millisecond or so; handing over to another thread takes some 50 µs
-UNPACK_FROM = 8  # rows
-BLOCK = 64  # rows
-QUERIES = 1024  # of the tower's attention at once
+UNPACK_FROM = 4  # rows
+WORTH_SHARING = 1 << 18  # numbers of a packed matrix, a quarter of a millisecond; another thread takes up work in 50 µs
+BLOCK = 1 << 19  # numbers that are worked on at a time: two megabytes, which the cache holds
+SMALL = 1 << 16  # numbers; fewer are copied sooner than MLX makes room for them
+FEW = 1 << 19  # numbers of keys; one query against fewer is MLX's, whose thread has the other inputs at hand
+NEVER = np.float32(-1e30)  # the score of a key that is not seen; its exponential is 0
 
 _here = threading.local()
 
 
-def multiplier(module: nn.Module) -> Callable[[mx.array], mx.array]:
-    """(…, in) → (…, out). A plain matrix is stored anew; its module then holds a view of that."""
-    if isinstance(module, nn.QuantizedLinear):
-        mx.eval(module.parameters())
-        return lambda x: unpacking_matmul(x, module)
-    turn(module)
-    turned = module.weight.T
-    mx.eval(turned)
-    return lambda x: shared_matmul(x, turned)
+def kernels() -> Kernels:
+    return Kernels(multiplier, attend, geglu, norm)
+
+
+def multiplier(module: nn.Module) -> Multiply:
+    """(…, in) → (…, out), without the bias."""
+    mx.eval(module.parameters())
+    packed = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    rows, step = _rows(module)
+    parts = list(_parts(module)) if packed else []
+
+    def multiply(x: mx.array) -> mx.array:
+        if packed and x.size < UNPACK_FROM * x.shape[-1]:
+            out = [part(x, stream) for part, stream in zip(parts, _streams(len(parts)), strict=True)]
+            return (out[0] if len(out) == 1 else mx.concatenate(out, axis=-1)).astype(x.dtype)
+        return matmul(x, rows, len(module.weight), step)
+
+    return multiply
+
+
+def matmul(x: mx.array, rows: Callable[[slice], Floats], count: int, step: int) -> mx.array:
+    """x (…, in) @ a matrix (count, in), whose rows are asked for `step` at a time: (…, count), in x's dtype."""
+    left = floats(x).reshape(-1, x.shape[-1])
+
+    def write(out: Floats) -> None:
+        for start in range(0, count, step):
+            some = slice(start, start + step)
+            np.matmul(left, rows(some).T, out=out[:, some])
+
+    return written((len(left), count), write).reshape(*x.shape[:-1], count).astype(x.dtype)
+
+
+def attend(
+    q: mx.array, keys: Rows, values: Rows, *, scale: float, mask: mx.array | str | None, bits: int = 16
+) -> mx.array:
+    """attention.attend, some queries at a time: their scores stay in the cache, and are never held for all."""
+    few = q.shape[2] == 1 and keys[0].size <= FEW
+    if bits != 16 or few:
+        return attention.attend(q, keys, values, scale=scale, mask=mask, bits=bits)
+    queries, k, v = floats(q), floats(keys[0]), floats(values[0])
+    batch, heads, length, size = queries.shape
+    groups, count = k.shape[1], k.shape[2]
+    together = heads // groups
+    hidden = None if mask is None else _hidden(mask, batch, length, count)
+    step = max(1, BLOCK // (together * count))
+    room = np.empty(together * min(step, length) * count, np.float32)
+
+    def write(out: Floats) -> None:
+        for row, group, start in product(range(batch), range(groups), range(0, length, step)):
+            here = row, slice(group * together, (group + 1) * together), slice(start, start + step)
+            part = queries[here].reshape(-1, size) * np.float32(scale)
+            seen = count - length + min(start + step, length) if isinstance(mask, str) else count  # keys
+            scores = room[: len(part) * seen].reshape(len(part), seen)
+            np.matmul(part, k[row, group, :seen].T, out=scores)
+            if hidden is not None:
+                np.copyto(scores.reshape(together, -1, seen), NEVER, where=hidden[row, here[2], :seen])
+            scores -= scores.max(axis=1, keepdims=True)
+            np.exp(scores, out=scores)
+            found = scores @ v[row, group, :seen]
+            found /= scores.sum(axis=1, keepdims=True)
+            out[here] = found.reshape(together, -1, size)
+
+    return written((batch, heads, length, size), write).astype(q.dtype)
+
+
+def attend_all(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """attention.attend_all, likewise."""
+    return attend(q, (k,), (v,), scale=scale, mask=None)
+
+
+def norm(x: mx.array, gain: mx.array | None, eps: float) -> mx.array:
+    """mx.fast.rms_norm."""
+    rows = floats(x)
+
+    def write(out: Floats) -> None:
+        inverse = 1 / np.sqrt(np.einsum("...i,...i->...", rows, rows) / np.float32(rows.shape[-1]) + np.float32(eps))
+        np.multiply(rows, inverse[..., None], out=out)
+        if gain is not None:
+            out *= floats(gain)
+
+    return written(rows.shape, write).astype(x.dtype)
+
+
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu_tanh(gate) * up, (…, I) each."""
+    return _gelu(gate, up)
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """layers.gelu_tanh."""
+    return _gelu(x, None)
+
+
+def _gelu(x: mx.array, times: mx.array | None) -> mx.array:
+    size = x.shape[-1]
+    rows = floats(x).reshape(-1, size)
+    factor = None if times is None else floats(times).reshape(-1, size)
+    step = max(1, BLOCK // size)
+
+    def write(out: Floats) -> None:
+        for start in range(0, len(rows), step):
+            some, y = rows[start : start + step], out[start : start + step]
+            np.multiply(some, some, out=y)
+            y *= np.float32(0.044715 * sqrt(2 / pi))
+            y += np.float32(sqrt(2 / pi))
+            y *= some
+            np.tanh(y, out=y)
+            y += np.float32(1)
+            y *= some
+            y *= np.float32(0.5)
+            if factor is not None:
+                y *= factor[start : start + step]
+
+    return written(rows.shape, write).reshape(x.shape).astype(x.dtype)
+
+
+def floats(x: mx.array) -> Floats:
+    """x's own memory, computed now; a float32 copy where it has another dtype."""
+    return np.array(x if x.dtype == mx.float32 else x.astype(mx.float32), copy=False)
+
+
+def written(shape: tuple[int, ...], write: Callable[[Floats], Any]) -> mx.array:
+    """A float32 array that numpy fills."""
+    if prod(shape) <= SMALL:
+        out: Floats = np.empty(shape, np.float32)
+        write(out)
+        return mx.array(out)
+    made = mx.zeros(shape)
+    write(np.array(made, copy=False))
+    return made
 
 
 def arrange(model: nn.Module) -> None:
-    """The same for every matrix of modules that call them themselves: the tower's."""
+    """Give the modules of a tower, which call their matrices themselves, this way to multiply."""
 
     def changed(_: str, module: nn.Module) -> nn.Module:
-        if isinstance(module, nn.QuantizedLinear):
-            return UnpackingLinear(module)
-        return SharedLinear(module) if isinstance(module, nn.Linear) else module
+        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+            return FastLinear(module)
+        return FastPatches(module) if isinstance(module, PatchConv) else module
 
     model.update_modules(tree_map_with_path(changed, model.leaf_modules(), is_leaf=nn.Module.is_module))
 
 
-def attend_by_head(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """attention.attend_all, a head a core at a time, some queries at a time: the scores are memory here.
+class FastLinear(nn.Module):
+    """A matrix of any kind, with the parameters of the module it replaces."""
 
-    Half the time goes into the exponentials, which MLX computes on one thread: so with OpenBLAS too.
-    """
-    out: list[mx.array] = []
-    streams = _streams(min(all_cores(), MOST_CORES))
-    k = mx.contiguous(k.swapaxes(2, 3)).swapaxes(2, 3)  # turned, as in `turn`
-    for first in range(0, q.shape[1], len(streams)):
-        for head, stream in zip(range(first, q.shape[1]), streams, strict=False):
-            one = slice(head, head + 1)
-            with mx.stream(stream):
-                parts = [
-                    attend_all(q[:, one, start : start + QUERIES], k[:, one], v[:, one], scale)
-                    for start in range(0, q.shape[2], QUERIES)
-                ]
-                out.append(mx.concatenate(parts, axis=2))
-        mx.eval(out[first:])
-    return mx.concatenate(out, axis=1)
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        dict.update(self, module)
+        self._multiply = multiplier(module)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out = self._multiply(x)
+        return out + self.bias if "bias" in self else out
 
 
-def turn(module: nn.Module) -> None:
-    """Store a float32 matrix (out, in) input by input; it stays (out, in) for whoever looks at it.
+class FastPatches(nn.Module):
+    """A convolution over patches side by side is a matrix: (N, S, S, 3) → (N, S / patch, S / patch, out)."""
 
-    By numpy and some rows at a time, as the cache likes it: six times as fast as mx.contiguous.
-    """
-    mx.eval(module.weight)
-    if module.weight.dtype != mx.float32:
-        return
-    rows = np.array(module.weight, copy=False)
-    stored = mx.zeros(rows.shape[::-1])
-    mx.eval(stored)
-    turned = np.array(stored, copy=False)
-    for start in range(0, len(rows), BLOCK):
-        turned[:, start : start + BLOCK] = rows[start : start + BLOCK].T
-    module.weight = stored.T
-    mx.eval(module.weight)
+    def __init__(self, conv: PatchConv) -> None:
+        super().__init__()
+        dict.update(self, conv)
+        self._patch = conv.stride[0]
 
-
-def shared_matmul(x: mx.array, turned: mx.array) -> mx.array:
-    """x (…, in) @ turned (in, out): large products in parts of the inputs, a part for each core, added up.
-
-    For BLAS of one thread (`cores`): each of MLX's streams has a thread of its own.
-    """
-    work = x.size * turned.shape[1]  # multiplications
-    parts = min(cores(), MOST_CORES) if work >= WORTH_SHARING else 1
-    if parts == 1 or turned.dtype != mx.float32:
-        return x @ turned
-    size = turned.shape[0]
-    borders = [size * part // parts for part in range(parts + 1)]
-    sums = [
-        mx.matmul(x[..., start:stop], turned[start:stop], stream=stream)
-        for start, stop, stream in zip(borders, borders[1:], _streams(parts), strict=False)
-    ]
-    total = sums[0]
-    for part in sums[1:]:
-        total = total + part
-    return total
+    def __call__(self, pixels: mx.array) -> mx.array:
+        count, side, _, channels = pixels.shape
+        patch, grid = self._patch, side // self._patch
+        parts = pixels[:, : grid * patch, : grid * patch].reshape(count, grid, patch, grid, patch, channels)
+        rows = floats(self.weight).reshape(len(self.weight), -1)
+        flat = parts.transpose(0, 1, 3, 2, 4, 5).reshape(count, grid, grid, -1)
+        return matmul(flat, rows.__getitem__, len(rows), len(rows)) + self.bias
 
 
-@cache
-def cores() -> int:
-    """Cores that a matrix product of MLX leaves idle: 1 where its BLAS has threads itself (Accelerate, OpenBLAS)."""
-    if sys.platform != "linux":
-        return 1
-    loaded = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    if "/libopenblas" in loaded:  # numpy's own is called otherwise
-        return 1
-    return all_cores()
+def _rows(module: nn.Module) -> tuple[Callable[[slice], Floats], int]:
+    """Some rows of a matrix (out, in) in float32, and how many to ask for at a time: all, where nothing is made."""
+    weight = module.weight
+    if "scales" in module:
+        if module.bits in (4, 8) and module.mode == "affine":
+            return _unpacker(module), max(1, BLOCK * module.bits // 32 // weight.shape[1])
+
+        def unpacked(some: slice) -> Floats:
+            weight, scales, biases = _packed(module, some)
+            return floats(mx.dequantize(weight, scales, biases, module.group_size, module.bits, module.mode))
+
+        return unpacked, max(1, BLOCK * module.bits // 32 // weight.shape[1])
+    return _slices(weight), len(weight) if weight.dtype == mx.float32 else max(1, BLOCK // weight.shape[1])
+
+
+def _slices(stored: mx.array) -> Callable[[slice], Floats]:
+    """Some rows of an array in float32."""
+    if stored.dtype == mx.float32:
+        return floats(stored).__getitem__
+    if stored.dtype == mx.float16:
+        halves = np.array(stored, copy=False)
+        return lambda some: halves[some].astype(np.float32)
+    upper = np.array(stored.view(mx.uint16), copy=False)  # bfloat16 is the upper half of a float32
+    return lambda some: np.left_shift(upper[some], 16, dtype=np.uint32).view(np.float32)
+
+
+def _unpacker(module: nn.Module) -> Callable[[slice], Floats]:
+    """Groups of 4 or 8 bits: code * scale + bias. Seven times as fast as mx.dequantize on a CPU."""
+    bits, group = module.bits, module.group_size
+    codes = np.array(module.weight, copy=False).view(np.uint8)  # the lower four bits come first
+    scales, biases = _slices(module.scales), _slices(module.biases)
+
+    def unpacked(some: slice) -> Floats:
+        found = codes[some]
+        if bits == 4:
+            pairs = found.astype(np.uint16)
+            found = ((pairs | pairs << 4) & 0x0F0F).view(np.uint8)
+        out = found.astype(np.float32)
+        groups = out.reshape(len(out), -1, group)
+        groups *= scales(some)[..., None]
+        groups += biases(some)[..., None]
+        return out
+
+    return unpacked
+
+
+def _parts(module: nn.Module) -> Iterator[Callable[[mx.array, mx.Stream], mx.array]]:
+    """Runs of a packed matrix's rows, one for each core that is worth asking: (x, stream) → x @ rowsᵀ."""
+    count = module.weight.shape[0]
+    worth = module.weight.size * 32 // module.bits // WORTH_SHARING
+    parts = max(1, min(all_cores(), MOST_CORES, worth))
+    for part in range(parts):
+        yield _part(module, slice(count * part // parts, count * (part + 1) // parts))
+
+
+def _part(module: nn.Module, rows: slice) -> Callable[[mx.array, mx.Stream], mx.array]:
+    weight, scales, biases = _packed(module, rows)
+    group, bits, mode = module.group_size, module.bits, module.mode
+    return lambda x, stream: mx.quantized_matmul(x, weight, scales, biases, True, group, bits, mode, stream=stream)
+
+
+def _packed(module: nn.Module, rows: slice) -> tuple[mx.array, mx.array, mx.array | None]:
+    biases = module.get("biases")
+    return module.weight[rows], module.scales[rows], biases if biases is None else biases[rows]
+
+
+def _hidden(mask: mx.array | str, batch: int, length: int, count: int) -> npt.NDArray[np.bool_]:
+    """(B, L, S): the keys that a query does not see."""
+    if isinstance(mask, str):
+        positions = np.arange(count)
+        hidden = positions > positions[count - length :, None]
+    else:
+        hidden = ~np.array(mask)[:, 0]
+    return np.broadcast_to(hidden, (batch, length, count))
 
 
 def all_cores() -> int:
@@ -135,56 +304,3 @@ def _streams(count: int) -> list[mx.Stream]:
     while len(_here.streams) < count - 1:
         _here.streams.append(mx.new_stream(mx.cpu))
     return [mx.default_stream(mx.cpu), *_here.streams[: count - 1]]
-
-
-class SharedLinear(nn.Linear):
-    """A plain matrix, turned, and multiplied with by all cores."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        for name, array in plain.items():
-            self[name] = array
-        turn(self)
-        self.freeze()
-
-    def __call__(self, x: mx.array) -> mx.array:
-        out = shared_matmul(x, self["weight"].T)
-        return out + self.bias if "bias" in self else out
-
-
-class SharedEmbedding(nn.Embedding):
-    """A plain embedding, turned: it is multiplied with as the head."""
-
-    def __init__(self, plain: nn.Embedding) -> None:
-        nn.Module.__init__(self)
-        self.weight = plain.weight
-        turn(self)
-        self.freeze()
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        return shared_matmul(x, self["weight"].T)
-
-
-class UnpackingLinear(nn.QuantizedLinear):
-    """A packed matrix that is unpacked for each call of more than a few rows."""
-
-    def __init__(self, packed: nn.QuantizedLinear) -> None:
-        nn.Module.__init__(self)
-        for name, array in packed.items():
-            self[name] = array
-        self.group_size, self.bits, self.mode = packed.group_size, packed.bits, packed.mode
-        self.freeze()
-
-    def __call__(self, x: mx.array) -> mx.array:
-        out = unpacking_matmul(x, self)
-        return out + self.bias if "bias" in self else out
-
-
-def unpacking_matmul(x: mx.array, packed: nn.QuantizedLinear) -> mx.array:
-    """x @ Wᵀ without the bias."""
-    weight, scales, biases = packed["weight"], packed["scales"], packed.get("biases")
-    group, bits, mode = packed.group_size, packed.bits, packed.mode
-    if x.size < UNPACK_FROM * x.shape[-1]:
-        return mx.quantized_matmul(x, weight, scales, biases, True, group, bits, mode)
-    plain = mx.dequantize(weight, scales, biases, group, bits, mode).astype(x.dtype)
-    return shared_matmul(x, mx.contiguous(plain.T))

@@ -21,8 +21,8 @@ from ..errors import PromptError
 from . import cpu
 from .attention import attend_all_padded
 from .cache import Caches, check_padding
-from .layers import Linear
-from .lean import LeanText, multiplier
+from .layers import Linear, gelu_tanh
+from .lean import LeanText, Multiply, gpu_kernels
 from .text import TextModel
 from .vision import Projector, VisionTower
 
@@ -40,7 +40,8 @@ class Gemma3(nn.Module):
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config, config.vision)
         self._lean: LeanText | None = None  # from `fuse`
-        self._turn_head = False
+        self._head: Multiply | None = None  # likewise
+        self.ahead = True  # a step is computed while the host goes on, so that the next can be issued early
 
     def fuse(self, between: Callable[[], None] = lambda: None) -> None:
         """Evaluate the weights and run on them in fewer steps (lean.py), arranged for the CPU where that is the device.
@@ -51,14 +52,17 @@ class Gemma3(nn.Module):
             between: called before each layer; what it raises leaves the model as it was, its weights partly read.
         """
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        text, multiply = self.language_model, cpu.multiplier if on_cpu else multiplier
-        self._lean = LeanText(text, multiply, compiled=not on_cpu, between=between)
+        kernels = cpu.kernels() if on_cpu else gpu_kernels()
+        self._lean = LeanText(self.language_model, kernels, between)
+        tied = self.config.tie_word_embeddings
+        self._head = kernels.multiplier(self.language_model.embed_tokens if tied else self.lm_head)
         if self.config.vision is not None:
             for layer in self.vision_tower.encoder.layers:
-                layer.self_attn.attend = cpu.attend_by_head if on_cpu else attend_all_padded
+                layer.self_attn.attend = cpu.attend_all if on_cpu else attend_all_padded
+                layer.mlp.gelu = cpu.gelu_tanh if on_cpu else gelu_tanh
             if on_cpu:
                 cpu.arrange(self.vision_tower)
-        self._turn_head = on_cpu
+        self.ahead = not on_cpu
         mx.eval(self.parameters())
 
     def make_caches(
@@ -142,10 +146,6 @@ class Gemma3(nn.Module):
         As in the reference, a token that the model itself wrote is text, whatever its id.
         """
         caches.ends_in_image = False
-        if self._turn_head:  # worth its time when a second token is asked for, not before the first
-            if isinstance(self.language_model.embed_tokens, nn.Embedding):
-                self.language_model.embed_tokens = cpu.SharedEmbedding(self.language_model.embed_tokens)
-            self._turn_head = False
         hidden = self._decoder(self.language_model.embed(tokens[:, None]), caches=caches, padding=caches.padding)
         return self.head(hidden)[:, 0]
 
@@ -155,8 +155,12 @@ class Gemma3(nn.Module):
 
     def head(self, hidden: mx.array) -> mx.array:
         """(B, L, D) → (B, L, V) float32: the embedding, unscaled, or lm_head where the checkpoint has its own."""
-        tied = self.config.tie_word_embeddings
-        logits = self.language_model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
+        if self._head is not None:
+            logits = self._head(hidden)
+        elif self.config.tie_word_embeddings:
+            logits = self.language_model.embed_tokens.as_linear(hidden)
+        else:
+            logits = self.lm_head(hidden)
         return logits.astype(mx.float32)
 
     def encode_images(self, pixels: mx.array | np.ndarray) -> mx.array:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -27,7 +28,16 @@ from .text import Attention, Context, DecoderLayer, TextModel
 
 Multiply = Callable[[mx.array], mx.array]  # (…, in) → (…, out)
 Multiplier = Callable[[nn.Module], Multiply]  # of a matrix module; may store its weight in another order
-Pair = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How a device computes the large parts."""
+
+    multiplier: Multiplier
+    attend: Callable[..., mx.array]  # attention.attend
+    geglu: Callable[[mx.array, mx.array], mx.array]  # gelu_tanh(gate) * up
+    norm: Callable[[mx.array, mx.array | None, float], mx.array]  # mx.fast.rms_norm
 
 
 class LeanText:
@@ -36,21 +46,17 @@ class LeanText:
     Weights must not be replaced afterwards.
     """
 
-    def __init__(self, text: TextModel, multiplier: Multiplier, *, compiled: bool, between: Callable[[], None]) -> None:
+    def __init__(self, text: TextModel, kernels: Kernels, between: Callable[[], None] = lambda: None) -> None:
         """
         Args:
-            multiplier: how a matrix is multiplied with on this device.
-            compiled: compile GeGLU. On Linux's CPU backend that would call g++ at run time.
             between: called before each layer.
         """
         dtype = text.norm.weight.dtype
-        geglu = mx.compile(gelu_times, shapeless=True) if compiled else gelu_times
         self.layers: list[LeanLayer] = []
         for layer in text.layers:
             between()
-            self.layers.append(LeanLayer(layer, multiplier, geglu, dtype))
-        self.norm = gain(text.norm, dtype)
-        self.eps = text.norm.eps
+            self.layers.append(LeanLayer(layer, kernels, dtype))
+        self.norm, self.gain, self.eps = kernels.norm, gain(text.norm, dtype), text.norm.eps
 
     def __call__(
         self,
@@ -64,20 +70,20 @@ class LeanText:
         context = Context(x.shape[1], caches.offset if caches is not None else 0, blocks, padding)
         for index, layer in enumerate(self.layers):
             x = layer(x, context, caches[index] if caches is not None else None)
-        return mx.fast.rms_norm(x, self.norm, self.eps)
+        return self.norm(x, self.gain, self.eps)
 
 
 class LeanLayer:
     """See DecoderLayer."""
 
-    def __init__(self, layer: DecoderLayer, multiplier: Multiplier, geglu: Pair, dtype: mx.Dtype) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+    def __init__(self, layer: DecoderLayer, kernels: Kernels, dtype: mx.Dtype) -> None:
+        attention, mlp, multiplier = layer.self_attn, layer.mlp, kernels.multiplier
         self.attention: Attention = attention
         self.borders = [attention.heads, attention.heads + attention.kv_heads]
         self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj], multiplier)
         self.gate_up = Joined([mlp.gate_proj, mlp.up_proj], multiplier)
         self.o, self.down = multiplier(attention.o_proj), multiplier(mlp.down_proj)
-        self.geglu = geglu
+        self.attend, self.geglu, self.norm = kernels.attend, kernels.geglu, kernels.norm
         self.eps = layer.input_layernorm.eps
         gains = [*[attention.q_norm] * attention.heads, *[attention.k_norm] * attention.kv_heads]
         self.qk_gains = mx.stack([gain(norm, dtype) for norm in gains])[:, None]  # (H + K, 1, D)
@@ -88,7 +94,7 @@ class LeanLayer:
         self.after_mlp = gain(layer.post_feedforward_layernorm, dtype)
 
     def __call__(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
-        norm, eps = mx.fast.rms_norm, self.eps
+        norm, eps = self.norm, self.eps
         x = x + norm(self._attend(norm(x, self.before_attention, eps), context, cache), self.after_attention, eps)
         gate, up = mx.split(self.gate_up(norm(x, self.before_mlp, eps)), 2, axis=-1)
         return x + norm(self.down(self.geglu(gate, up)), self.after_mlp, eps)
@@ -101,12 +107,12 @@ class LeanLayer:
         else:
             qkv = self.qkv(x).reshape(batch, length, -1, size).transpose(0, 2, 1, 3)
         qk, v = mx.split(qkv, self.borders[1:], axis=1)  # (B, H + K, L, D), (B, K, L, D)
-        qk = rule.rotate(mx.fast.rms_norm(qk, None, self.eps) * self.qk_gains, context.positions)
+        qk = rule.rotate(self.norm(qk, None, self.eps) * self.qk_gains, context.positions)
         q, k = mx.split(qk, self.borders[:1], axis=1)
         keys, values = ((k,), (v,)) if cache is None else cache.update_and_fetch(k, v)
         mask = context.mask(keys[0].shape[2], rule.window)
         bits = 16 if cache is None else cache.keys.bits
-        out = attend(q, keys, values, scale=rule.scale, mask=mask, bits=bits)
+        out = self.attend(q, keys, values, scale=rule.scale, mask=mask, bits=bits)
         return self.o((out if length == 1 else out.transpose(0, 2, 1, 3)).reshape(batch, length, -1))
 
 
@@ -128,6 +134,13 @@ class Joined:
         if len(self.parts) == 1:
             return self.parts[0](x)
         return mx.concatenate([multiply(x) for multiply in self.parts], axis=-1)
+
+
+def gpu_kernels(*, compiled: bool = True) -> Kernels:
+    """Of a GPU: matrices as they are stored, MLX's fused attention, one kernel for GeGLU if `compiled`."""
+    return Kernels(
+        multiplier, attend, mx.compile(gelu_times, shapeless=True) if compiled else gelu_times, mx.fast.rms_norm
+    )
 
 
 def multiplier(module: nn.Module) -> Multiply:

@@ -57,9 +57,10 @@ class VisionMLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
+        self.gelu = gelu_tanh  # this too
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        return self.fc2(self.gelu(self.fc1(x)))
 
 
 class VisionLayer(nn.Module):
