@@ -80,8 +80,8 @@ class LeanLayer:
         attention, mlp, multiplier = layer.self_attn, layer.mlp, kernels.multiplier
         self.attention: Attention = attention
         self.borders = [attention.heads, attention.heads + attention.kv_heads]
-        self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj], multiplier)
-        self.gate_up = Joined([mlp.gate_proj, mlp.up_proj], multiplier)
+        self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], multiplier)
+        self.gate_up = joined([mlp.gate_proj, mlp.up_proj], multiplier)
         self.o, self.down = multiplier(attention.o_proj), multiplier(mlp.down_proj)
         self.attend, self.geglu, self.norm = kernels.attend, kernels.geglu, kernels.norm
         self.eps = layer.input_layernorm.eps
@@ -116,24 +116,18 @@ class LeanLayer:
         return self.o((out if length == 1 else out.transpose(0, 2, 1, 3)).reshape(batch, length, -1))
 
 
-class Joined:
-    """Several matrices that read the same rows; neighbours that are packed alike are multiplied as one."""
-
-    def __init__(self, modules: Sequence[nn.Module], multiplier: Multiplier) -> None:
-        self.parts: list[Multiply] = []
-        for _, run in groupby(modules, key=_packing):
-            alike = list(run)
-            whole = alike[0] if len(alike) == 1 else _stacked(alike)
-            multiply = multiplier(whole)
-            if len(alike) > 1:
-                _share(whole, alike)
-            self.parts.append(multiply)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(…, in) → (…, out of all)"""
-        if len(self.parts) == 1:
-            return self.parts[0](x)
-        return mx.concatenate([multiply(x) for multiply in self.parts], axis=-1)
+def joined(modules: Sequence[nn.Module], multiplier: Multiplier) -> Multiply:
+    """Several matrices that read the same rows, (…, in) → (…, out of all); neighbours packed alike are one product."""
+    parts: list[Multiply] = []
+    for _, run in groupby(modules, key=_packing):
+        alike = list(run)
+        whole = alike[0] if len(alike) == 1 else _stacked(alike)
+        parts.append(multiplier(whole))
+        if len(alike) > 1:
+            _share(whole, alike)
+    if len(parts) == 1:
+        return parts[0]
+    return lambda x: mx.concatenate([multiply(x) for multiply in parts], axis=-1)
 
 
 def gpu_kernels(*, compiled: bool = True) -> Kernels:
