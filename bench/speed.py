@@ -7,7 +7,7 @@
 Every measurement is a process of its own (bench/peers/*_speed.py), so memory and caches never mix. Rows are added to
 the CSV as they come, with the machine, its load, the versions and the commit; --report writes the tables of
 docs/performance.md from it and measures nothing. --peers is an interpreter with mlx-lm, mlx-vlm, torch and
-transformers; --openblas a library to preload, with which everything is measured a second time.
+transformers; --openblas a library to preload: with it words are measured a second time, pictures and turns only so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "bench" / "peers"
 CSV = ROOT / "docs" / "performance.csv"
 OURS = "mlx-gemma3"
-TOWER_LAYERS = 3  # of SigLIP's 27: enough to see the time of one
+TOWER_LAYERS = 27
 HISTORY = 8000  # tokens
 
 
@@ -90,11 +90,9 @@ def own_command(options: argparse.Namespace, place: Path) -> None:
         if folder:
             (place / name).symlink_to(folder.resolve())
             words = ["bench", "-m", name, "--repeat", "3", "--tokens", "32", "--context", "512,2k"]
-            environment = dict(os.environ) | ({"LD_PRELOAD": options.openblas} if options.openblas else {})
             command = [sys.executable, "-m", "mlx_gemma3.cli", *words]
-            done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=True)
-            preload = f"LD_PRELOAD={options.openblas} " if options.openblas else ""
-            text.append(f"$ {preload}mlx-gemma3 {' '.join(words)}\n{done.stdout}")
+            done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
+            text.append(f"$ mlx-gemma3 {' '.join(words)}\n{done.stdout}")
     options.csv.with_suffix(".txt").write_text("\n".join(text), encoding="utf-8")
 
 
@@ -120,7 +118,7 @@ def jobs(options: argparse.Namespace, place: Path) -> list[Job]:
                     found += [worker(options, who, "words", folder, dtype, name, blas) for who in some]
     if {"picture", "question"} & set(wanted):
         folder = tower(options, place / "tower")
-        name = f"SigLIP-so400m, {TOWER_LAYERS} of 27 layers"
+        name = "SigLIP-so400m"
         blas = libraries[-1]
         for what in ("picture", "question"):
             if what in wanted:

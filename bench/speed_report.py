@@ -25,6 +25,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "picture": "seconds",
         "picture cpu": "CPU seconds",
         "picture memory": "peak of MLX's memory, MiB",
+        "picture growth": "growth of the process, MiB",
     },
     "Two questions about one picture": {
         "first question": "first, seconds",

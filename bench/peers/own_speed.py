@@ -39,12 +39,12 @@ def words(folder: str, dtype: str) -> dict[str, float]:
         return decode(model, logits, caches, sampling=GREEDY, max_tokens=count)
 
     found = measure(generate)
-    model._lean = LeanText(model.language_model, gpu_kernels(compiled=False))  # the graph that a GPU is given
+    model._lean = LeanText(model.language_model, gpu_kernels())  # the graph that a GPU is given
     model._head = multiplier(model.language_model.embed_tokens)
     caches = model.make_caches()
     prefill(model, prompt(32), caches)
     token = mx.array([5])
-    found["build"] = build_time(lambda: mx.argmax(model.step(token, caches), axis=-1), mx.eval)
+    found["build"] = build_time(lambda: mx.argmax(model.step(token, caches), axis=-1))
     return found
 
 
