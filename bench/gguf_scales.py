@@ -71,6 +71,7 @@ def status(key):
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 before = status("VmRSS")
 model = load_model(sys.argv[1], dtype=sys.argv[2])
+model.fuse()
 weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 caches = model.make_caches()
 mx.eval(model([[2, 818, 5279, 529, 7001, 563]], caches=caches, last_only=True))

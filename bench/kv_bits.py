@@ -29,6 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint = open_checkpoint(resolve(options.model), text_only=True)
     model = load_model(checkpoint, text_only=True)
+    model.fuse()
     ids = checkpoint.tokenizer().encode(options.text.read_text(encoding="utf-8"), bos=True)[: options.tokens]
     exact = model.make_caches()
     others = [model.make_caches(kv_bits=far, local_kv_bits=near) for far, near in KINDS]

@@ -2,8 +2,7 @@
 
     python bench/quantisation.py [--mlx-lm-python PYTHON] [--text FILE] [--max-tokens 1536] [--source FOLDER]
 
-Prints the table and writes docs/quantisation.md. On Linux `LD_PRELOAD=libopenblas.so.0` (Debian: libopenblas0) makes
-it some twenty times faster: ten minutes on two busy cores.
+Prints the table and writes docs/quantisation.md. Ten minutes on two cores.
 """
 
 from __future__ import annotations

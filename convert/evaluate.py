@@ -61,6 +61,7 @@ def open_model(source: str | Path | Checkpoint, *, dtype: str = "auto", text_onl
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(resolve(source, text_only=text_only, quiet=True), text_only=text_only)
     model = load_model(source, dtype=dtype, text_only=text_only)
+    model.fuse()
     return Opened(source.name, model, source.tokenizer(), source.instruct)
 
 

@@ -20,7 +20,7 @@ from mlx_gemma3.model import cpu
 from mlx_gemma3.model.attention import attend, attend_all, attend_all_padded
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.layers import PatchConv, gelu_tanh
-from mlx_gemma3.model.lean import LeanText, gelu_times, gpu_kernels
+from mlx_gemma3.model.lean import gelu_times, gpu_kernels
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # widths that pack in groups of 32
 # What no kernel stands behind: other views of the same numbers.
@@ -64,7 +64,7 @@ def test_the_fused_model_is_the_plain_one(kind: str, form: str) -> None:
     if form == "cpu":
         model.fuse()
     else:
-        model._lean = LeanText(model.language_model, gpu_kernels(compiled=False))
+        model.run_on(gpu_kernels(compiled=False))
     got = logits_of(model)
     assert max(mx.abs(a - b).max().item() for a, b in zip(want, got, strict=True)) < 1e-4
     assert not mx.array_equal(want[0], got[0]) or kind == "four bits"  # the other path was taken
@@ -121,7 +121,7 @@ def test_a_decoded_token_takes_at_most_20_kernels_a_layer(monkeypatch: pytest.Mo
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, weight, eps: mx.erf(x))
     monkeypatch.setattr(mx.fast, "rope", lambda x, *_, **__: mx.cos(x))
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention_stand_in)
-    model._lean = LeanText(model.language_model, gpu_kernels())
+    model.run_on(gpu_kernels())
     kernels = count(model, tmp_path / "graph.dot")
     layers = model.config.text.num_hidden_layers
     outside = 4  # the embedding and its scale, the last norm, the head

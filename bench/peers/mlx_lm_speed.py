@@ -25,7 +25,7 @@ def words(folder: str, dtype: str) -> dict[str, float]:
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([prompt(32)]), cache=cache))
     token = mx.array([5])
-    found["build"] = build_time(lambda: mx.argmax(model(token[None], cache=cache)[:, -1], axis=-1))
+    found["build"] = build_time(lambda: mx.argmax(model(token[None], cache=cache)[:, -1], axis=-1), mx.eval)
     return found
 
 

@@ -20,7 +20,7 @@ import mlx_gemma3 as g3
 from mlx_gemma3.checkpoint.load import load_model
 from mlx_gemma3.generation.loop import decode, prefill
 from mlx_gemma3.generation.sampling import Sampling
-from mlx_gemma3.model.lean import LeanText, gpu_kernels, multiplier
+from mlx_gemma3.model.lean import gpu_kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conversation import here
@@ -39,12 +39,11 @@ def words(folder: str, dtype: str) -> dict[str, float]:
         return decode(model, logits, caches, sampling=GREEDY, max_tokens=count)
 
     found = measure(generate)
-    model._lean = LeanText(model.language_model, gpu_kernels())  # the graph that a GPU is given
-    model._head = multiplier(model.language_model.embed_tokens)
+    model.run_on(gpu_kernels())  # the graph that a GPU is given
     caches = model.make_caches()
     prefill(model, prompt(32), caches)
     token = mx.array([5])
-    found["build"] = build_time(lambda: mx.argmax(model.step(token, caches), axis=-1))
+    found["build"] = build_time(lambda: mx.argmax(model.step(token, caches), axis=-1), mx.eval)
     return found
 
 

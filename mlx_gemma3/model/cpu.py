@@ -50,7 +50,7 @@ def kernels() -> Kernels:
 def multiplier(module: nn.Module) -> Multiply:
     """(…, in) → (…, out), without the bias."""
     mx.eval(module.parameters())
-    packed = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    packed = "scales" in module
     rows, step = _rows(module)
     parts = list(_parts(module)) if packed else []
 

@@ -22,7 +22,7 @@ from . import cpu
 from .attention import attend_all_padded
 from .cache import Caches, check_padding
 from .layers import Linear, gelu_tanh
-from .lean import LeanText, Multiply, gpu_kernels
+from .lean import Kernels, LeanText, Multiply, gpu_kernels
 from .text import TextModel
 from .vision import Projector, VisionTower
 
@@ -52,10 +52,7 @@ class Gemma3(nn.Module):
             between: called before each layer; what it raises leaves the model as it was, its weights partly read.
         """
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        kernels = cpu.kernels() if on_cpu else gpu_kernels()
-        self._lean = LeanText(self.language_model, kernels, between)
-        tied = self.config.tie_word_embeddings
-        self._head = kernels.multiplier(self.language_model.embed_tokens if tied else self.lm_head)
+        self.run_on(cpu.kernels() if on_cpu else gpu_kernels(), between)
         if self.config.vision is not None:
             for layer in self.vision_tower.encoder.layers:
                 layer.self_attn.attend = cpu.attend_all if on_cpu else attend_all_padded
@@ -64,6 +61,12 @@ class Gemma3(nn.Module):
                 cpu.arrange(self.vision_tower)
         self.ahead = not on_cpu
         mx.eval(self.parameters())
+
+    def run_on(self, kernels: Kernels, between: Callable[[], None] = lambda: None) -> None:
+        """The decoder and the head on these kernels."""
+        self._lean = LeanText(self.language_model, kernels, between)
+        tied = self.config.tie_word_embeddings
+        self._head = kernels.multiplier(self.language_model.embed_tokens if tied else self.lm_head)
 
     def make_caches(
         self, *, padding: Sequence[int] | None = None, kv_bits: int = 16, local_kv_bits: int = 16

@@ -140,7 +140,7 @@ def gpu_kernels(*, compiled: bool = True) -> Kernels:
 def multiplier(module: nn.Module) -> Multiply:
     """A matrix as the checkpoint stores it, plain or packed."""
     mx.eval(module.parameters())
-    if not isinstance(module, nn.QuantizedLinear):
+    if "scales" not in module:
         turned = module.weight.T
         return lambda x: x @ turned
     weight, scales, biases = module.weight, module.scales, module.biases
@@ -166,7 +166,7 @@ def gelu_times(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def _packing(module: nn.Module) -> tuple[object, ...]:
-    if not isinstance(module, nn.QuantizedLinear):
+    if "scales" not in module:
         return ("plain", str(module.weight.dtype))
     return (module.bits, module.group_size, module.mode, str(module.scales.dtype))
 
@@ -180,7 +180,7 @@ def _stacked(modules: Sequence[nn.Module]) -> nn.Module:
     for name in ("weight", "scales", "biases"):
         if first.get(name) is not None:
             whole[name] = mx.concatenate([module[name] for module in modules])
-    if isinstance(first, nn.QuantizedLinear):
+    if "scales" in first:
         whole.group_size, whole.bits, whole.mode = first.group_size, first.bits, first.mode
         whole.biases = whole.get("biases")
     return whole
