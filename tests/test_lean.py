@@ -161,6 +161,7 @@ def test_on_the_cpu_a_picture_holds_no_scores_but_a_block(monkeypatch: pytest.Mo
         return mx.get_peak_memory() - before
 
     monkeypatch.setattr(cpu, "BLOCK", 4096)
+    monkeypatch.setattr(cpu, "MANY", 1)
     assert peak(cpu.attend_all) < 2 * scores < 8 * scores <= peak(attend_all)
 
 
@@ -258,8 +259,8 @@ def test_on_the_cpu_packed_matrices_are_unpacked_for_many_rows_only(monkeypatch:
 def test_on_the_cpu_attention_is_attention(
     mask: str | None, length: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "FEW", 0)
     monkeypatch.setattr(cpu, "BLOCK", 300)
+    monkeypatch.setattr(cpu, "MANY", 1)
     shapes = ((2, 6, length, 8), (2, 3, count, 8), (2, 3, count, 8))
     q, k, v = (mx.random.normal(shape, key=mx.random.key(n)) * 3 for n, shape in enumerate(shapes))
     ages = mx.arange(count - length, count)[:, None] - mx.arange(count)[None]
@@ -304,3 +305,9 @@ def test_each_thread_has_streams_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         thread.start()
         thread.join()
     assert found == [True] * 4
+
+
+def test_on_the_cpu_infinities_pass_in_silence() -> None:
+    x = mx.array([[mx.inf, 1.0], [-mx.inf, 2.0]])
+    assert mx.isnan(cpu.norm(x, None, 1e-6)).any().item()
+    assert mx.isnan(cpu.attend_all(x[None, None], x[None, None], x[None, None], 1.0)).any().item()

@@ -34,17 +34,17 @@ Floats = npt.NDArray[np.float32]
 
 MOST_CORES = 4
 UNPACK_FROM = 4  # rows
+MANY = 64  # rows; a product with fewer is slow
 WORTH_SHARING = 1 << 18  # numbers of a packed matrix, a quarter of a millisecond; another thread takes up work in 50 µs
 BLOCK = 1 << 19  # numbers that are worked on at a time: two megabytes, which the cache holds
 SMALL = 1 << 16  # numbers; fewer are copied sooner than MLX makes room for them
-FEW = 1 << 19  # numbers of keys; one query against fewer is MLX's, whose thread has the other inputs at hand
 NEVER = np.float32(-1e30)  # the score of a key that is not seen; its exponential is 0
 
 _here = threading.local()
 
 
 def kernels() -> Kernels:
-    return Kernels(multiplier, attend, geglu, norm)
+    return Kernels(multiplier, attend, geglu, norm, add)
 
 
 def multiplier(module: nn.Module) -> Multiply:
@@ -79,15 +79,14 @@ def attend(
     q: mx.array, keys: Rows, values: Rows, *, scale: float, mask: mx.array | str | None, bits: int = 16
 ) -> mx.array:
     """attention.attend, some queries at a time: their scores stay in the cache, and are never held for all."""
-    few = q.shape[2] == 1 and keys[0].size <= FEW
-    if bits != 16 or few:
+    if bits != 16:
         return attention.attend(q, keys, values, scale=scale, mask=mask, bits=bits)
     queries, k, v = floats(q), floats(keys[0]), floats(values[0])
     batch, heads, length, size = queries.shape
     groups, count = k.shape[1], k.shape[2]
     together = heads // groups
     hidden = None if mask is None else _hidden(mask, batch, length, count)
-    step = max(1, BLOCK // (together * count))
+    step = max(-(-MANY // together), BLOCK // (together * count))
     room = np.empty(together * min(step, length) * count, np.float32)
 
     def write(out: Floats) -> None:
@@ -95,14 +94,16 @@ def attend(
             here = row, slice(group * together, (group + 1) * together), slice(start, start + step)
             part = queries[here].reshape(-1, size) * np.float32(scale)
             seen = count - length + min(start + step, length) if isinstance(mask, str) else count  # keys
-            scores = room[: len(part) * seen].reshape(len(part), seen)
+            if length == 1:  # a vector at a time: few numbers, and BLAS does not wake its threads for them
+                part = part[:, None]
+            scores = room[: len(part) * seen].reshape(*part.shape[:-1], seen)
             np.matmul(part, k[row, group, :seen].T, out=scores)
             if hidden is not None:
                 np.copyto(scores.reshape(together, -1, seen), NEVER, where=hidden[row, here[2], :seen])
-            scores -= scores.max(axis=1, keepdims=True)
+            scores -= scores.max(axis=-1, keepdims=True)
             np.exp(scores, out=scores)
             found = scores @ v[row, group, :seen]
-            found /= scores.sum(axis=1, keepdims=True)
+            found /= scores.sum(axis=-1, keepdims=True)
             out[here] = found.reshape(together, -1, size)
 
     return written((batch, heads, length, size), write).astype(q.dtype)
@@ -124,6 +125,12 @@ def norm(x: mx.array, gain: mx.array | None, eps: float) -> mx.array:
             out *= floats(gain)
 
     return written(rows.shape, write).astype(x.dtype)
+
+
+def add(x: mx.array, y: mx.array) -> mx.array:
+    """x + y, of one shape and dtype."""
+    left, right = floats(x), floats(y)
+    return written(left.shape, lambda out: np.add(left, right, out=out)).astype(x.dtype)
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -165,14 +172,15 @@ def floats(x: mx.array) -> Floats:
 
 
 def written(shape: tuple[int, ...], write: Callable[[Floats], Any]) -> mx.array:
-    """A float32 array that numpy fills."""
-    if prod(shape) <= SMALL:
-        out: Floats = np.empty(shape, np.float32)
-        write(out)
-        return mx.array(out)
-    made = mx.zeros(shape)
-    write(np.array(made, copy=False))
-    return made
+    """A float32 array that numpy fills; infinities and NaN pass in silence, as MLX has it."""
+    with np.errstate(all="ignore"):
+        if prod(shape) <= SMALL:
+            out: Floats = np.empty(shape, np.float32)
+            write(out)
+            return mx.array(out)
+        made = mx.zeros(shape)
+        write(np.array(made, copy=False))
+        return made
 
 
 def arrange(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ text.py; in bfloat16 a gain is rounded once more, since Metal's norm takes rows 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -38,6 +39,7 @@ class Kernels:
     attend: Callable[..., mx.array]  # attention.attend
     geglu: Callable[[mx.array, mx.array], mx.array]  # gelu_tanh(gate) * up
     norm: Callable[[mx.array, mx.array | None, float], mx.array]  # mx.fast.rms_norm
+    add: Callable[[mx.array, mx.array], mx.array] = operator.add
 
 
 class LeanText:
@@ -83,7 +85,7 @@ class LeanLayer:
         self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], multiplier)
         self.gate_up = joined([mlp.gate_proj, mlp.up_proj], multiplier)
         self.o, self.down = multiplier(attention.o_proj), multiplier(mlp.down_proj)
-        self.attend, self.geglu, self.norm = kernels.attend, kernels.geglu, kernels.norm
+        self.attend, self.geglu, self.norm, self.add = kernels.attend, kernels.geglu, kernels.norm, kernels.add
         self.eps = layer.input_layernorm.eps
         gains = [*[attention.q_norm] * attention.heads, *[attention.k_norm] * attention.kv_heads]
         self.qk_gains = mx.stack([gain(norm, dtype) for norm in gains])[:, None]  # (H + K, 1, D)
@@ -94,10 +96,11 @@ class LeanLayer:
         self.after_mlp = gain(layer.post_feedforward_layernorm, dtype)
 
     def __call__(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
-        norm, eps = self.norm, self.eps
-        x = x + norm(self._attend(norm(x, self.before_attention, eps), context, cache), self.after_attention, eps)
+        norm, add, eps = self.norm, self.add, self.eps
+        attended = self._attend(norm(x, self.before_attention, eps), context, cache)
+        x = add(x, norm(attended, self.after_attention, eps))
         gate, up = mx.split(self.gate_up(norm(x, self.before_mlp, eps)), 2, axis=-1)
-        return x + norm(self.down(self.geglu(gate, up)), self.after_mlp, eps)
+        return add(x, norm(self.down(self.geglu(gate, up)), self.after_mlp, eps))
 
     def _attend(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
         rule, size = self.attention, self.attention.head_dim
