@@ -38,6 +38,9 @@ MANY = 64  # rows; a product with fewer is slow
 WORTH_SHARING = 1 << 18  # numbers of a packed matrix, a quarter of a millisecond; another thread takes up work in 50 µs
 BLOCK = 1 << 19  # numbers that are worked on at a time: two megabytes, which the cache holds
 SMALL = 1 << 16  # numbers; fewer are copied sooner than MLX makes room for them
+LONE = (
+    400_000  # numbers that one vector meets; for more OpenBLAS wakes its threads, which then stay in the way of MLX's
+)
 NEVER = np.float32(-1e30)  # the score of a key that is not seen; its exponential is 0
 
 _here = threading.local()
@@ -94,15 +97,18 @@ def attend(
             here = row, slice(group * together, (group + 1) * together), slice(start, start + step)
             part = queries[here].reshape(-1, size) * np.float32(scale)
             seen = count - length + min(start + step, length) if isinstance(mask, str) else count  # keys
-            if length == 1:  # a vector at a time: few numbers, and BLAS does not wake its threads for them
-                part = part[:, None]
+            pieces = [slice(0, seen)]
+            if length == 1:
+                part, few = part[:, None], LONE // size
+                pieces = [slice(first, min(first + few, seen)) for first in range(0, seen, few)]
             scores = room[: len(part) * seen].reshape(*part.shape[:-1], seen)
-            np.matmul(part, k[row, group, :seen].T, out=scores)
+            for some in pieces:
+                np.matmul(part, k[row, group, some].T, out=scores[..., some])
             if hidden is not None:
                 np.copyto(scores.reshape(together, -1, seen), NEVER, where=hidden[row, here[2], :seen])
             scores -= scores.max(axis=-1, keepdims=True)
             np.exp(scores, out=scores)
-            found = scores @ v[row, group, :seen]
+            found = sum(scores[..., some] @ v[row, group, some] for some in pieces)
             found /= scores.sum(axis=-1, keepdims=True)
             out[here] = found.reshape(together, -1, size)
 
