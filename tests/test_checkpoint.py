@@ -354,3 +354,25 @@ def test_opened_checkpoint_loads(tmp_path: Path) -> None:
     assert load_named(text_only).config.vision is None
     assert load_named(checkpoint, text_only=True).config == load_named(folder, text_only=True).config
     assert not tree_flatten(load_named(checkpoint).trainable_parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_a_late_embedding_is_widened_for_the_second_token(stored: str, tied: bool, tmp_path: Path) -> None:
+    config = TEXT | {"tie_word_embeddings": tied}
+    kind = getattr(mx, stored)
+    half = {name: mx.array(x).astype(kind) for name, x in tiny.random_tensors(config).items()}
+    folder = tiny.write_folder(tmp_path, config, half, style="text")
+    plain, late = load_model(folder), load_named(folder, late_embedding=True)
+    late.fuse()
+    table = late.language_model.embed_tokens
+    caches, want = late.make_caches(), plain.make_caches()
+    ids = [[2, 5, 6, 7]]
+    np.testing.assert_allclose(np.array(late(ids, caches=caches)), np.array(plain(ids, caches=want)), atol=1e-4)
+    assert table.weight.dtype == kind
+    for token in (8, 9):
+        got = late.step(mx.array([token]), caches)
+        np.testing.assert_allclose(np.array(got), np.array(plain.step(mx.array([token]), want)), atol=1e-4)
+        assert table.weight.dtype == (mx.float32 if tied else kind)
+    everything = tree_flatten(load_named(folder, dtype="bfloat16", late_embedding=True).parameters())
+    assert {str(x.dtype) for _, x in everything} == {"mlx.core.bfloat16"}

@@ -85,7 +85,9 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
     )
 
 
-def load_model(source: str | Path | Checkpoint, *, dtype: str = "auto", text_only: bool = False) -> Gemma3:
+def load_model(
+    source: str | Path | Checkpoint, *, dtype: str = "auto", text_only: bool = False, late_embedding: bool = False
+) -> Gemma3:
     """The model with its weights: lazy arrays where the file is safetensors, read when first evaluated.
 
     Args:
@@ -93,6 +95,8 @@ def load_model(source: str | Path | Checkpoint, *, dtype: str = "auto", text_onl
         dtype: of the activations and of all floats: "float32" rounds nothing, "bfloat16", or "auto": bfloat16 on a
             GPU, float32 on the CPU, whose bfloat16 is both slow and inexact.
         text_only: leave out the vision tower; its bytes are never read.
+        late_embedding: leave an embedding of 16 bits as it is, for a model that will be fused: on the CPU it is half
+            of what a small model reads, and not needed in float32 before the second token.
 
     Raises:
         SourceError, ConfigError: no such source, or not Gemma 3.
@@ -110,12 +114,19 @@ def load_model(source: str | Path | Checkpoint, *, dtype: str = "auto", text_onl
         header, projector = source.gguf
         tensors = gguf.read_tensors(header, None if text_only else projector, config, target)
     model = fitted_model(config, tensors, where=source.path)
+    kept = {EMBEDDING} if late_embedding and target == mx.float32 else set()
     model.load_weights(
-        [(name, x.astype(target) if mx.issubdtype(x.dtype, mx.floating) else x) for name, x in tensors.items()]
+        [
+            (name, x.astype(target) if mx.issubdtype(x.dtype, mx.floating) and name not in kept else x)
+            for name, x in tensors.items()
+        ]
     )
     model.eval()
     model.freeze()
     return model
+
+
+EMBEDDING = "language_model.embed_tokens.weight"
 
 
 def _dtype(name: str) -> mx.Dtype:

@@ -41,6 +41,7 @@ class Gemma3(nn.Module):
             self.multi_modal_projector = Projector(config, config.vision)
         self._lean: LeanText | None = None  # from `fuse`
         self._head: Multiply | None = None  # likewise
+        self._widen_head = False
         self.ahead = True  # a step is computed while the host goes on, so that the next can be issued early
 
     def fuse(self, between: Callable[[], None] = lambda: None) -> None:
@@ -52,6 +53,11 @@ class Gemma3(nn.Module):
             between: called before each layer; what it raises leaves the model as it was, its weights partly read.
         """
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        embedding = self.language_model.embed_tokens
+        late = embedding.weight.dtype != self.language_model.norm.weight.dtype and isinstance(embedding, nn.Embedding)
+        self._widen_head = late and on_cpu and self.config.tie_word_embeddings
+        if late and not on_cpu:
+            embedding.weight = embedding.weight.astype(self.language_model.norm.weight.dtype)
         self.run_on(cpu.kernels() if on_cpu else gpu_kernels(), between)
         if self.config.vision is not None:
             for layer in self.vision_tower.encoder.layers:
@@ -149,6 +155,11 @@ class Gemma3(nn.Module):
         As in the reference, a token that the model itself wrote is text, whatever its id.
         """
         caches.ends_in_image = False
+        if self._widen_head:  # worth its time when a second token is asked for, not before the first
+            embedding = self.language_model.embed_tokens
+            embedding.weight = embedding.weight.astype(self.language_model.norm.weight.dtype)
+            self._head = cpu.multiplier(embedding)
+            self._widen_head = False
         hidden = self._decoder(self.language_model.embed(tokens[:, None]), caches=caches, padding=caches.padding)
         return self.head(hidden)[:, 0]
 

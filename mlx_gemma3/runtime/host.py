@@ -84,7 +84,7 @@ class Host:
                 local_kv_bits=options.local_kv_bits,
                 max_context=options.max_context,
             )
-        self.model = load_model(self.checkpoint, dtype=options.dtype, text_only=text_only)
+        self.model = load_model(self.checkpoint, dtype=options.dtype, text_only=text_only, late_embedding=True)
         self.budget = this_machine().budget  # bytes
         self.new_timeline()  # refuses bits that do not fit before the weights are read
         self.model.fuse(lambda: _check_open(closing))
