@@ -45,9 +45,8 @@ def main() -> None:
     rows: dict[str, list[tuple[int, float]]] = {"reading the prompt": [], "answering": []}
     with g3.load(options.model) as engine:
         for turn in range(options.cancels):
-            prompt = " ".join(
-                chance.choices(WORDS, k=options.words if turn % 2 else 10)
-            )  # a new one: nothing is reused
+            words = chance.choices(WORDS, k=options.words if turn % 2 else 10)  # new ones: nothing is reused
+            prompt = " ".join(words)
             with engine.stream(prompt, raw=True, max_tokens=400, temperature=1.0, top_k=0, top_p=1.0) as stream:
                 kind = "pending" if turn % 2 else "text"
                 while stream.next()["kind"] not in (kind, "done"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import tiny_tokenizer
+
+PICTURES = Path(__file__).resolve().parent.parent / "examples" / "pictures"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,3 +40,13 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An instruction-tuned checkpoint with a vision tower."""
     return _write(tmp_path_factory.mktemp("tiny") / "tiny-it", tiny.image_config(), chat=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the user is: two pictures, one with a space in its name, and a file that is none."""
+    shutil.copy(PICTURES / "heart.png", tmp_path / "my heart.png")
+    shutil.copy(PICTURES / "triangle.png", tmp_path)
+    (tmp_path / "notes.txt").write_text("words", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

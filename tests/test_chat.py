@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -23,19 +22,6 @@ from mlx_gemma3.commands.talk.settings import Settings
 from mlx_gemma3.commands.talk.talk import Talk
 from mlx_gemma3.commands.talk.verbs import VERBS, run
 from mlx_gemma3.errors import ImageError, OptionError, PromptError
-
-PICTURES = Path(__file__).resolve().parent.parent / "examples" / "pictures"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the user is: two pictures, one with a space in its name, and a file that is none."""
-    shutil.copy(PICTURES / "heart.png", tmp_path / "my heart.png")
-    shutil.copy(PICTURES / "triangle.png", tmp_path)
-    (tmp_path / "notes.txt").write_text("words", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
 
 # A conversation without a terminal
 
@@ -216,7 +202,7 @@ def test_a_command_that_is_none_is_told_with_the_nearest(talk: Talk) -> None:
 
 
 def test_the_documentation_names_every_command() -> None:
-    text = (PICTURES.parent.parent / "docs" / "chat.md").read_text("utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "chat.md").read_text("utf-8")
     for verb in VERBS:
         assert f"| `{f'/{verb.name} {verb.takes}'.rstrip()}` | {verb.help} |" in text
 

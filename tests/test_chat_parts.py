@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,19 +27,6 @@ from mlx_gemma3.commands.talk.markdown import THEME, Writer, rendered
 from mlx_gemma3.commands.talk.settings import KINDS, Settings
 from mlx_gemma3.errors import OptionError, OutputError
 from mlx_gemma3.runtime.options import Options
-
-PICTURES = Path(__file__).resolve().parent.parent / "examples" / "pictures"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the user is: two pictures, one with a space in its name, and a file that is none."""
-    shutil.copy(PICTURES / "heart.png", tmp_path / "my heart.png")
-    shutil.copy(PICTURES / "triangle.png", tmp_path)
-    (tmp_path / "notes.txt").write_text("words", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
 
 # What was typed
 

@@ -24,7 +24,7 @@ from ..model.gemma3 import Gemma3
 from ..prompt.tokenizer import Tokenizer
 from . import gguf, gguf_config
 from .source import Source, resolve
-from .tensors import canonical_name, is_vision, listed, read_folder
+from .tensors import EMBEDDING, canonical_name, is_vision, listed, read_folder
 
 # MLX's packings: bits, group sizes. Affine has floating scales and biases, the others scales of one byte.
 _MODES: Mapping[str, tuple[frozenset[int], frozenset[int]]] = {
@@ -95,7 +95,7 @@ def load_model(
         dtype: of the activations and of all floats: "float32" rounds nothing, "bfloat16", or "auto": bfloat16 on a
             GPU, float32 on the CPU, whose bfloat16 is both slow and inexact.
         text_only: leave out the vision tower; its bytes are never read.
-        late_embedding: leave an embedding of 16 bits as it is, for a model that will be fused: on the CPU it is half
+        late_embedding: on the CPU leave an embedding of 16 bits as it is, for a model that will be fused: it is half
             of what a small model reads, and not needed in float32 before the second token.
 
     Raises:
@@ -114,19 +114,16 @@ def load_model(
         header, projector = source.gguf
         tensors = gguf.read_tensors(header, None if text_only else projector, config, target)
     model = fitted_model(config, tensors, where=source.path)
-    kept = {EMBEDDING} if late_embedding and target == mx.float32 else set()
+    late = late_embedding and target == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
     model.load_weights(
         [
-            (name, x.astype(target) if mx.issubdtype(x.dtype, mx.floating) and name not in kept else x)
+            (name, x.astype(target) if mx.issubdtype(x.dtype, mx.floating) and not (late and name == EMBEDDING) else x)
             for name, x in tensors.items()
         ]
     )
     model.eval()
     model.freeze()
     return model
-
-
-EMBEDDING = "language_model.embed_tokens.weight"
 
 
 def _dtype(name: str) -> mx.Dtype:

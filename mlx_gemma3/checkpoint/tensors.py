@@ -26,6 +26,7 @@ from ..config import Config
 from ..errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+EMBEDDING = "language_model.embed_tokens.weight"
 PATCH_WEIGHT = "vision_tower.embeddings.patch_embedding.weight"
 
 _ITEM_BYTES = {

@@ -39,9 +39,8 @@ MANY = 64  # rows; a product with fewer is slow
 WORTH_SHARING = 1 << 18  # numbers of a packed matrix, a quarter of a millisecond; another thread takes up work in 50 µs
 BLOCK = 1 << 19  # numbers that are worked on at a time: two megabytes, which the cache holds
 SMALL = 1 << 16  # numbers; fewer are copied sooner than MLX makes room for them
-LONE = (
-    400_000  # numbers that one vector meets; for more OpenBLAS wakes its threads, which then stay in the way of MLX's
-)
+# Numbers that one vector meets. For more OpenBLAS wakes its threads, which then stay in the way of MLX's.
+LONE = 400_000
 NEVER = np.float32(-1e30)  # the score of a key that is not seen; its exponential is 0
 
 _here = threading.local()
@@ -272,7 +271,7 @@ def _unpacker(module: nn.Module) -> MatrixRows:
     """Groups of 4 or 8 bits: code * scale + bias. Seven times as fast as mx.dequantize on a CPU."""
     bits, group = module.bits, module.group_size
     codes = np.array(module.weight, copy=False).view(np.uint8)  # the lower four bits come first
-    scales, biases = floats(module.scales), floats(module.biases)
+    scales, biases = _rows_of(module.scales)[0], _rows_of(module.biases)[0]
 
     def unpacked(some: slice, room: Floats) -> Floats:
         found = codes[some]
@@ -281,8 +280,9 @@ def _unpacker(module: nn.Module) -> MatrixRows:
             found = ((pairs | pairs << 4) & 0x0F0F).view(np.uint8)
         out = _filled(room, found)
         groups = out.reshape(len(out), -1, group)
-        groups *= scales[some, :, None]
-        groups += biases[some, :, None]
+        room_of_scales: Floats = np.empty(groups.shape[:2], np.float32)
+        groups *= scales(some, room_of_scales)[..., None]
+        groups += biases(some, room_of_scales)[..., None]
         return out
 
     return unpacked

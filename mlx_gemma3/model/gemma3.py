@@ -53,11 +53,11 @@ class Gemma3(nn.Module):
             between: called before each layer; what it raises leaves the model as it was, its weights partly read.
         """
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        embedding = self.language_model.embed_tokens
-        late = embedding.weight.dtype != self.language_model.norm.weight.dtype and isinstance(embedding, nn.Embedding)
-        self._widen_head = late and on_cpu and self.config.tie_word_embeddings
-        if late and not on_cpu:
-            embedding.weight = embedding.weight.astype(self.language_model.norm.weight.dtype)
+        embedding, dtype = self.language_model.embed_tokens, self.language_model.norm.weight.dtype
+        late = (
+            isinstance(embedding, nn.Embedding) and embedding.weight.dtype != dtype
+        )  # load_model(late_embedding=True)
+        self._widen_head = late and self.config.tie_word_embeddings
         self.run_on(cpu.kernels() if on_cpu else gpu_kernels(), between)
         if self.config.vision is not None:
             for layer in self.vision_tower.encoder.layers:

@@ -28,7 +28,7 @@ from .layers import RMSNorm
 from .text import Attention, Context, DecoderLayer, TextModel
 
 Multiply = Callable[[mx.array], mx.array]  # (…, in) → (…, out)
-Multiplier = Callable[[nn.Module], Multiply]  # of a matrix module; may store its weight in another order
+Multiplier = Callable[[nn.Module], Multiply]  # of a matrix module
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,11 @@ def joined(modules: Sequence[nn.Module], multiplier: Multiplier) -> Multiply:
 
 
 def gpu_kernels(*, compiled: bool = True) -> Kernels:
-    """Of a GPU: matrices as they are stored, MLX's fused attention, one kernel for GeGLU if `compiled`."""
+    """Of a GPU: matrices as they are stored, MLX's fused attention, one kernel for GeGLU.
+
+    Args:
+        compiled: compile GeGLU. On Linux's CPU backend that calls g++ at run time.
+    """
     return Kernels(
         multiplier, attend, mx.compile(gelu_times, shapeless=True) if compiled else gelu_times, mx.fast.rms_norm
     )

@@ -57,7 +57,7 @@ class VisionMLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
-        self.gelu = gelu_tanh  # this too
+        self.gelu = gelu_tanh  # and this
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self.gelu(self.fc1(x)))

@@ -17,12 +17,11 @@ import numpy as np
 
 from ..checkpoint.contents import Entry
 from ..checkpoint.memory import loaded_bytes
-from ..checkpoint.tensors import is_vision
+from ..checkpoint.tensors import EMBEDDING, is_vision
 from ..config import Config
 from ..model.cache import KV_GROUP
 
 _GB = 10**9
-_EMBEDDING = "language_model.embed_tokens.weight"
 # GB/s by device name: Apple's technical specifications of the Macs with these chips (support.apple.com, "Tech Specs")
 # and the chips' announcements (apple.com/newsroom). M1's 68 is 8 channels of LPDDR4X-4266; Apple gave no figure.
 _PUBLISHED = {
@@ -56,9 +55,9 @@ def step_weight_bytes(entries: Iterable[Entry], config: Config, *, batch: int, d
         entries: of the checkpoint (`open_store`).
     """
     words = [entry for entry in entries if not is_vision(entry.name)]
-    embedding = [entry for entry in words if entry.name == _EMBEDDING]
+    embedding = [entry for entry in words if entry.name == EMBEDDING]
     rows = batch * loaded_bytes(embedding, dtype_bytes=dtype_bytes) // config.text.vocab_size
-    whole = words if config.tie_word_embeddings else [entry for entry in words if entry.name != _EMBEDDING]
+    whole = words if config.tie_word_embeddings else [entry for entry in words if entry.name != EMBEDDING]
     return rows + loaded_bytes(whole, dtype_bytes=dtype_bytes)
 
 
