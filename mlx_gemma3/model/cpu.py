@@ -28,9 +28,10 @@ from mlx.utils import tree_map_with_path
 from . import attention
 from .cache import Rows
 from .layers import PatchConv
-from .lean import Kernels, Multiply
+from .lean import Kernels
 
 Floats = npt.NDArray[np.float32]
+Multiply = Callable[[mx.array], mx.array]  # (…, in) → (…, out)
 MatrixRows = Callable[[slice, Floats], Floats]  # (which, room for as many) → those rows, in that room or elsewhere
 
 MOST_CORES = 4
@@ -47,23 +48,28 @@ _here = threading.local()
 
 
 def kernels() -> Kernels:
-    return Kernels(multiplier, attend, geglu, norm, add)
+    return Kernels(matrix, multiply, attend, geglu, norm, add)
 
 
-def multiplier(module: nn.Module) -> Multiply:
+def multiply(x: mx.array, matrix: Multiply) -> mx.array:
+    """A matrix is a function here."""
+    return matrix(x)
+
+
+def matrix(module: nn.Module) -> Multiply:
     """(…, in) → (…, out), without the bias."""
     mx.eval(module.parameters())
     packed = "scales" in module
     rows = _rows(module)
     parts = list(_parts(module)) if packed else []
 
-    def multiply(x: mx.array) -> mx.array:
+    def multiplied(x: mx.array) -> mx.array:
         if packed and x.size < UNPACK_FROM * x.shape[-1]:
             out = [part(x, stream) for part, stream in zip(parts, _streams(len(parts)), strict=True)]
             return (out[0] if len(out) == 1 else mx.concatenate(out, axis=-1)).astype(x.dtype)
         return matmul(x, *rows)
 
-    return multiply
+    return multiplied
 
 
 def matmul(x: mx.array, rows: MatrixRows, count: int, step: int) -> mx.array:
@@ -207,7 +213,7 @@ class FastLinear(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         dict.update(self, module)
-        self._multiply = multiplier(module)
+        self._multiply = matrix(module)
 
     def __call__(self, x: mx.array) -> mx.array:
         out = self._multiply(x)

@@ -22,7 +22,7 @@ from . import cpu
 from .attention import attend_all_padded
 from .cache import Caches, check_padding
 from .layers import Linear, gelu_tanh
-from .lean import Kernels, LeanText, Multiply, gpu_kernels
+from .lean import Kernels, LeanText, Matrix, gpu_kernels
 from .text import TextModel
 from .vision import Projector, VisionTower
 
@@ -40,7 +40,7 @@ class Gemma3(nn.Module):
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config, config.vision)
         self._lean: LeanText | None = None  # from `fuse`
-        self._head: Multiply | None = None  # likewise
+        self._head: Matrix = None  # likewise
         self._widen_head = False
         self.ahead = True  # a step is computed while the host goes on, so that the next can be issued early
 
@@ -72,7 +72,7 @@ class Gemma3(nn.Module):
         """The decoder and the head on these kernels."""
         self._lean = LeanText(self.language_model, kernels, between)
         tied = self.config.tie_word_embeddings
-        self._head = kernels.multiplier(self.language_model.embed_tokens if tied else self.lm_head)
+        self._head = kernels.matrix(self.language_model.embed_tokens if tied else self.lm_head)
 
     def make_caches(
         self, *, padding: Sequence[int] | None = None, kv_bits: int = 16, local_kv_bits: int = 16
@@ -158,7 +158,7 @@ class Gemma3(nn.Module):
         if self._widen_head:  # worth its time when a second token is asked for, not before the first
             embedding = self.language_model.embed_tokens
             embedding.weight = embedding.weight.astype(self.language_model.norm.weight.dtype)
-            self._head = cpu.multiplier(embedding)
+            self._head = cpu.matrix(embedding)
             self._widen_head = False
         hidden = self._decoder(self.language_model.embed(tokens[:, None]), caches=caches, padding=caches.padding)
         return self.head(hidden)[:, 0]
@@ -169,8 +169,8 @@ class Gemma3(nn.Module):
 
     def head(self, hidden: mx.array) -> mx.array:
         """(B, L, D) → (B, L, V) float32: the embedding, unscaled, or lm_head where the checkpoint has its own."""
-        if self._head is not None:
-            logits = self._head(hidden)
+        if self._lean is not None:
+            logits = self._lean.kernels.multiply(hidden, self._head)
         elif self.config.tie_word_embeddings:
             logits = self.language_model.embed_tokens.as_linear(hidden)
         else:

@@ -95,14 +95,15 @@ class Rope:
     """
 
     def __init__(self, size: int, theta: float, scale: float) -> None:
-        self.size = size
         self.wavelengths = mx.array((scale * theta ** (np.arange(0, size, 2) / size)).astype(np.float32))
 
     def __call__(self, x: mx.array, offset: mx.array) -> mx.array:
-        """x (B, H, L, D), offset the position of x[:, :, 0], one number or one a row (B,)."""
-        return mx.fast.rope(
-            x, self.size, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.wavelengths
-        )
+        return rotate(x, offset, self.wavelengths)
+
+
+def rotate(x: mx.array, offset: mx.array, wavelengths: mx.array) -> mx.array:
+    """x (B, H, L, D), offset the position of x[:, :, 0], one number or one a row (B,); wavelengths (D / 2,)."""
+    return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:

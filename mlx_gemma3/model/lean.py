@@ -1,13 +1,15 @@
 """The decoder once more, in fewer steps: what a loaded model runs on. text.py is the rule; tests hold this equal to it.
 
-    x ─ norm ─ [q|k|v] ┬ q|k: norm × gains ─ rope ┐
-                       └ v ───────────────────────┴ cache ─ attention ─ o ─ norm ─ + ─┐
-      ┌───────────────────────────────────────────────────────────────────────────────┘
-      └ norm ─ [gate|up] ─ GeGLU ─ down ─ norm ─ +
+        x ─ norm ─ [q|k|v] ┬ q|k: norm × gains ─ rope ┐
+    before                 └ v ───────────────────────┴ cache ─ attention
+    ──────────────────────────────────────────────────────────────┐
+    after   o ─ norm ─ + ─ norm ─ [gate|up] ─ GeGLU ─ down ─ norm ─ +
 
 Matrices that read the same rows are one matrix, as far as they are packed alike; queries and keys are normed and
-rotated together; a norm's gain 1 + w is stored; GeGLU is one kernel on a GPU. In float32 the numbers are those of
-text.py; in bfloat16 a gain is rounded once more, since Metal's norm takes rows and gain of one type.
+rotated together; a norm's gain 1 + w is stored. On a GPU GeGLU is one kernel, and for one token a row what happens
+before and after attention is a compiled graph, the same for all layers: their weights are its inputs. In float32 the
+numbers are those of text.py; in bfloat16 a gain is rounded once more, since Metal's norm takes rows and gain of one
+type.
 """
 
 from __future__ import annotations
@@ -24,22 +26,25 @@ import mlx.nn as nn
 
 from .attention import attend
 from .cache import Caches, GlobalCache, WindowCache
-from .layers import RMSNorm
+from .layers import RMSNorm, rotate
 from .text import Attention, Context, DecoderLayer, TextModel
 
-Multiply = Callable[[mx.array], mx.array]  # (…, in) → (…, out)
-Multiplier = Callable[[nn.Module], Multiply]  # of a matrix module
+Matrix = Any  # as a device wants to multiply with it: arrays and constants, or a function
+Matrices = list[Matrix]  # that read the same rows, their results side by side
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Kernels:
     """How a device computes the large parts."""
 
-    multiplier: Multiplier
+    matrix: Callable[[nn.Module], Matrix]
+    multiply: Callable[[mx.array, Matrix], mx.array]  # (…, in) → (…, out)
     attend: Callable[..., mx.array]  # attention.attend
     geglu: Callable[[mx.array, mx.array], mx.array]  # gelu_tanh(gate) * up
     norm: Callable[[mx.array, mx.array | None, float], mx.array]  # mx.fast.rms_norm
     add: Callable[[mx.array, mx.array], mx.array] = operator.add
+    compile: Callable[[Function], Function] = lambda function: function  # of arrays and constants
 
 
 class LeanText:
@@ -58,7 +63,10 @@ class LeanText:
         for layer in text.layers:
             between()
             self.layers.append(LeanLayer(layer, kernels, dtype))
-        self.norm, self.gain, self.eps = kernels.norm, gain(text.norm, dtype), text.norm.eps
+        self.gain, self.eps = gain(text.norm, dtype), text.norm.eps
+        self.kernels = kernels
+        self.parts = Parts(kernels, text.layers[0].self_attn, self.eps)
+        self.before, self.after = kernels.compile(self.parts.before), kernels.compile(self.parts.after)
 
     def __call__(
         self,
@@ -69,90 +77,143 @@ class LeanText:
         padding: tuple[int, ...] | None = None,
     ) -> mx.array:
         """See TextModel."""
-        context = Context(x.shape[1], caches.offset if caches is not None else 0, blocks, padding)
+        length = x.shape[1]
+        context = Context(length, caches.offset if caches is not None else 0, blocks, padding)
+        # A graph is compiled for each shape, and prompts have many.
+        before, after = (self.before, self.after) if length == 1 else (self.parts.before, self.parts.after)
         for index, layer in enumerate(self.layers):
-            x = layer(x, context, caches[index] if caches is not None else None)
-        return self.norm(x, self.gain, self.eps)
+            q, k, v = before(x, context.positions, *layer.before)
+            attended = self._attend(q, k, v, layer.rule, context, caches[index] if caches is not None else None)
+            x = after(x, attended, *layer.after)
+        return self.kernels.norm(x, self.gain, self.eps)
 
-
-class LeanLayer:
-    """See DecoderLayer."""
-
-    def __init__(self, layer: DecoderLayer, kernels: Kernels, dtype: mx.Dtype) -> None:
-        attention, mlp, multiplier = layer.self_attn, layer.mlp, kernels.multiplier
-        self.attention: Attention = attention
-        self.borders = [attention.heads, attention.heads + attention.kv_heads]
-        self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], multiplier)
-        self.gate_up = joined([mlp.gate_proj, mlp.up_proj], multiplier)
-        self.o, self.down = multiplier(attention.o_proj), multiplier(mlp.down_proj)
-        self.attend, self.geglu, self.norm, self.add = kernels.attend, kernels.geglu, kernels.norm, kernels.add
-        self.eps = layer.input_layernorm.eps
-        gains = [*[attention.q_norm] * attention.heads, *[attention.k_norm] * attention.kv_heads]
-        self.qk_gains = mx.stack([gain(norm, dtype) for norm in gains])[:, None]  # (H + K, 1, D)
-        mx.eval(self.qk_gains)
-        self.before_attention = gain(layer.input_layernorm, dtype)
-        self.after_attention = gain(layer.post_attention_layernorm, dtype)
-        self.before_mlp = gain(layer.pre_feedforward_layernorm, dtype)
-        self.after_mlp = gain(layer.post_feedforward_layernorm, dtype)
-
-    def __call__(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
-        norm, add, eps = self.norm, self.add, self.eps
-        attended = self._attend(norm(x, self.before_attention, eps), context, cache)
-        x = add(x, norm(attended, self.after_attention, eps))
-        gate, up = mx.split(self.gate_up(norm(x, self.before_mlp, eps)), 2, axis=-1)
-        return add(x, norm(self.down(self.geglu(gate, up)), self.after_mlp, eps))
-
-    def _attend(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
-        rule, size = self.attention, self.attention.head_dim
-        batch, length, _ = x.shape
-        if length == 1:  # nothing to turn round
-            qkv = self.qkv(x).reshape(batch, -1, 1, size)
-        else:
-            qkv = self.qkv(x).reshape(batch, length, -1, size).transpose(0, 2, 1, 3)
-        qk, v = mx.split(qkv, self.borders[1:], axis=1)  # (B, H + K, L, D), (B, K, L, D)
-        qk = rule.rotate(self.norm(qk, None, self.eps) * self.qk_gains, context.positions)
-        q, k = mx.split(qk, self.borders[:1], axis=1)
+    def _attend(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        rule: Attention,
+        context: Context,
+        cache: GlobalCache | WindowCache | None,
+    ) -> mx.array:
         keys, values = ((k,), (v,)) if cache is None else cache.update_and_fetch(k, v)
         mask = context.mask(keys[0].shape[2], rule.window)
         bits = 16 if cache is None else cache.keys.bits
-        out = self.attend(q, keys, values, scale=rule.scale, mask=mask, bits=bits)
-        return self.o((out if length == 1 else out.transpose(0, 2, 1, 3)).reshape(batch, length, -1))
+        return self.kernels.attend(q, keys, values, scale=rule.scale, mask=mask, bits=bits)
 
 
-def joined(modules: Sequence[nn.Module], multiplier: Multiplier) -> Multiply:
-    """Several matrices that read the same rows, (…, in) → (…, out of all); neighbours packed alike are one product."""
-    parts: list[Multiply] = []
+class LeanLayer:
+    """The weights of a DecoderLayer, as Parts takes them."""
+
+    def __init__(self, layer: DecoderLayer, kernels: Kernels, dtype: mx.Dtype) -> None:
+        self.rule = attention = layer.self_attn
+        mlp = layer.mlp
+        gains = [*[attention.q_norm] * attention.heads, *[attention.k_norm] * attention.kv_heads]
+        qk_gains = mx.stack([gain(norm, dtype) for norm in gains])[None, :, None]  # (1, H + K, 1, D')
+        mx.eval(qk_gains)
+        self.before = (
+            gain(layer.input_layernorm, dtype),
+            joined([attention.q_proj, attention.k_proj, attention.v_proj], kernels.matrix),
+            qk_gains,
+            attention.rotate.wavelengths,
+        )
+        self.after = (
+            kernels.matrix(attention.o_proj),
+            gain(layer.post_attention_layernorm, dtype),
+            gain(layer.pre_feedforward_layernorm, dtype),
+            joined([mlp.gate_proj, mlp.up_proj], kernels.matrix),
+            kernels.matrix(mlp.down_proj),
+            gain(layer.post_feedforward_layernorm, dtype),
+        )
+
+
+class Parts:
+    """What a layer does before its attention, and after it, with the weights of any layer."""
+
+    def __init__(self, kernels: Kernels, attention: Attention, eps: float) -> None:
+        self.kernels, self.eps = kernels, eps
+        self.heads, self.kv_heads, self.size = attention.heads, attention.kv_heads, attention.head_dim
+
+    def before(
+        self,
+        x: mx.array,
+        positions: mx.array,
+        gain: mx.array,
+        qkv: Matrices,
+        qk_gains: mx.array,
+        wavelengths: mx.array,
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """x (B, L, D) → queries (B, H, L, D'), keys and values (B, K, L, D')"""
+        norm, (batch, length, _) = self.kernels.norm, x.shape
+        rows = self._multiply(norm(x, gain, self.eps), qkv)
+        if length == 1:  # nothing to turn round
+            heads = rows.reshape(batch, -1, 1, self.size)
+        else:
+            heads = rows.reshape(batch, length, -1, self.size).transpose(0, 2, 1, 3)
+        qk, v = mx.split(heads, [self.heads + self.kv_heads], axis=1)
+        q, k = mx.split(rotate(norm(qk, None, self.eps) * qk_gains, positions, wavelengths), [self.heads], axis=1)
+        return q, k, v
+
+    def after(
+        self,
+        x: mx.array,
+        attended: mx.array,
+        o: Matrix,
+        after_attention: mx.array,
+        before_mlp: mx.array,
+        gate_up: Matrices,
+        down: Matrix,
+        after_mlp: mx.array,
+    ) -> mx.array:
+        """x (B, L, D) and what its queries found (B, H, L, D') → (B, L, D)"""
+        kernels, eps, (batch, length, _) = self.kernels, self.eps, x.shape
+        found = (attended if length == 1 else attended.transpose(0, 2, 1, 3)).reshape(batch, length, -1)
+        x = kernels.add(x, kernels.norm(kernels.multiply(found, o), after_attention, eps))
+        gate, up = mx.split(self._multiply(kernels.norm(x, before_mlp, eps), gate_up), 2, axis=-1)
+        return kernels.add(x, kernels.norm(kernels.multiply(kernels.geglu(gate, up), down), after_mlp, eps))
+
+    def _multiply(self, x: mx.array, matrices: Matrices) -> mx.array:
+        parts = [self.kernels.multiply(x, matrix) for matrix in matrices]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+
+def joined(modules: Sequence[nn.Module], matrix: Callable[[nn.Module], Matrix]) -> Matrices:
+    """Matrices that read the same rows; neighbours packed alike are one."""
+    matrices = []
     for _, run in groupby(modules, key=_packing):
         alike = list(run)
         whole = alike[0] if len(alike) == 1 else _stacked(alike)
-        parts.append(multiplier(whole))
+        matrices.append(matrix(whole))
         if len(alike) > 1:
             _share(whole, alike)
-    if len(parts) == 1:
-        return parts[0]
-    return lambda x: mx.concatenate([multiply(x) for multiply in parts], axis=-1)
+    return matrices
 
 
 def gpu_kernels(*, compiled: bool = True) -> Kernels:
     """Of a GPU: matrices as they are stored, MLX's fused attention, one kernel for GeGLU.
 
     Args:
-        compiled: compile GeGLU. On Linux's CPU backend that calls g++ at run time.
+        compiled: on Linux's CPU backend that calls g++ at run time.
     """
-    return Kernels(
-        multiplier, attend, mx.compile(gelu_times, shapeless=True) if compiled else gelu_times, mx.fast.rms_norm
-    )
+    if not compiled:
+        return Kernels(matrix, multiply, attend, gelu_times, mx.fast.rms_norm)
+    geglu = mx.compile(gelu_times, shapeless=True)
+    return Kernels(matrix, multiply, attend, geglu, mx.fast.rms_norm, compile=mx.compile)
 
 
-def multiplier(module: nn.Module) -> Multiply:
-    """A matrix as the checkpoint stores it, plain or packed."""
+def matrix(module: nn.Module) -> Matrix:
+    """A matrix as the checkpoint stores it: (weightᵀ,), or the arrays and constants of a packed one."""
     mx.eval(module.parameters())
     if "scales" not in module:
         turned = module.weight.T
-        return lambda x: x @ turned
-    weight, scales, biases = module.weight, module.scales, module.biases
-    group, bits, mode = module.group_size, module.bits, module.mode
-    return lambda x: mx.quantized_matmul(x, weight, scales, biases, True, group, bits, mode)
+        mx.eval(turned)
+        return (turned,)
+    return module.weight, module.scales, module.biases, True, module.group_size, module.bits, module.mode
+
+
+def multiply(x: mx.array, matrix: Matrix) -> mx.array:
+    """(…, in) → (…, out)"""
+    return x @ matrix[0] if len(matrix) == 1 else mx.quantized_matmul(x, *matrix)
 
 
 def gain(norm: RMSNorm, dtype: mx.Dtype) -> mx.array:
