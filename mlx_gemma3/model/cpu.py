@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from itertools import product
-from math import pi, prod, sqrt
+from math import gcd, pi, prod, sqrt
 from typing import Any
 
 import mlx.core as mx
@@ -243,7 +243,7 @@ def _rows(module: nn.Module) -> tuple[MatrixRows, int, int]:
         return _rows_of(module.weight)
     count, words = module.weight.shape
     step = max(1, min(count, BLOCK * module.bits // 32 // words))
-    if module.bits in (4, 8) and module.mode == "affine":
+    if module.mode == "affine":
         return _unpacker(module), count, step
 
     def unpacked(some: slice, room: Floats) -> Floats:
@@ -274,17 +274,15 @@ def _rows_of(weight: mx.array) -> tuple[MatrixRows, int, int]:
 
 
 def _unpacker(module: nn.Module) -> MatrixRows:
-    """Groups of 4 or 8 bits: code * scale + bias. Seven times as fast as mx.dequantize on a CPU."""
+    """Groups of affine codes: code * scale + bias. Two (2 bits) to ten (5, 6) times as fast as mx.dequantize."""
     bits, group = module.bits, module.group_size
-    codes = np.array(module.weight, copy=False).view(np.uint8)  # the lower four bits come first
+    codes = np.array(module.weight, copy=False).view(np.uint8)
     scales, biases = _rows_of(module.scales)[0], _rows_of(module.biases)[0]
 
     def unpacked(some: slice, room: Floats) -> Floats:
         found = codes[some]
-        if bits == 4:
-            pairs = found.astype(np.uint16)
-            found = ((pairs | pairs << 4) & 0x0F0F).view(np.uint8)
-        out = _filled(room, found)
+        out = room[: len(found)]
+        _write_codes(found, bits, out)
         groups = out.reshape(len(out), -1, group)
         room_of_scales: Floats = np.empty(groups.shape[:2], np.float32)
         groups *= scales(some, room_of_scales)[..., None]
@@ -292,6 +290,25 @@ def _unpacker(module: nn.Module) -> MatrixRows:
         return out
 
     return unpacked
+
+
+def _write_codes(packed: npt.NDArray[np.uint8], bits: int, out: Floats) -> None:
+    """Codes that follow each other without a gap, the lowest bits first: packed (R, N * bits / 8) → out (R, N)."""
+    if bits == 8:
+        out[:] = packed
+        return
+    if bits == 4:  # the same as below, in three quarters of the time
+        pairs = packed.astype(np.uint16)
+        out[:] = ((pairs | pairs << 4) & 0x0F0F).view(np.uint8)
+        return
+    count = 8 // gcd(bits, 8)  # codes that end with a byte
+    parts, codes = packed.reshape(len(packed), -1, count * bits // 8), out.reshape(len(out), -1, count)
+    for index in range(count):
+        byte, shift = divmod(index * bits, 8)
+        code = parts[..., byte] >> shift
+        if shift + bits > 8:
+            code |= parts[..., byte + 1] << (8 - shift)
+        codes[..., index] = code & (1 << bits) - 1
 
 
 def _filled(room: Floats, found: npt.NDArray[Any]) -> Floats:
