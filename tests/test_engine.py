@@ -256,6 +256,38 @@ def test_requests_wait_while_the_model_loads(text_folder: Path) -> None:
         assert about["weights_bytes"] > 1000 and about["max_context"] > 100
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_idle_engine_warms_up_and_answers_the_same(
+    base: g3.Engine, text_folder: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    wanted = base.generate("the", max_tokens=5, temperature=0).tokens
+    warm_up, step, warmed = host.Host.warm_up, Gemma3.step, threading.Event()
+    steps = 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return step(*given)
+
+    def watched(self: host.Host) -> None:
+        self.model.ahead = True  # as on a GPU
+        warm_up(self)
+        warmed.set()
+        if fails:
+            raise MemoryError
+
+    monkeypatch.setattr(Gemma3, "step", counted)
+    monkeypatch.setattr(host.Host, "warm_up", watched)
+    with g3.load(text_folder) as engine:
+        assert warmed.wait(20) and steps == 1
+        assert engine.generate("the", max_tokens=5, temperature=0).tokens == wanted
+    warmed.clear()
+    monkeypatch.setattr(thread, "IDLE", 60)
+    with g3.load(text_folder, wait=False) as engine:
+        assert engine.generate("the", max_tokens=5, temperature=0).tokens == wanted
+    assert not warmed.is_set()
+
+
 def test_a_model_that_cannot_load_says_so_wherever_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     go, resolve = threading.Event(), thread.resolve
     monkeypatch.setattr(thread, "resolve", lambda *a, **k: (go.wait(20), resolve(*a, **k))[1])

@@ -19,6 +19,7 @@ from ..checkpoint.load import load_model, open_checkpoint
 from ..checkpoint.memory import this_machine
 from ..checkpoint.source import Source
 from ..errors import ClosedError, Gemma3Error, OptionError, PromptError
+from ..generation.loop import decode, prefill
 from ..prompt.processor import Processor, Prompt
 from ..prompt.vocabulary import END_OF_TURN
 from .answer import answer
@@ -93,6 +94,16 @@ class Host:
         self.eos_ids = frozenset(self.checkpoint.config.eos_token_ids)
         self.features = FeatureCache()
         self.timelines: list[Timeline] = []  # the one used last stands last
+
+    def warm_up(self) -> None:
+        """Let a GPU build the kernels of a prompt and of an answer now, while nobody waits for one."""
+        if self.model.ahead:
+            caches = self.new_timeline().caches
+            logits = prefill(self.model, [0, 0], caches)
+            assert logits is not None
+            sampling = Options().sampling(self.checkpoint.generation)
+            for _ in decode(self.model, logits, caches, sampling=sampling, max_tokens=2):
+                pass
 
     def about(self) -> dict[str, Any]:
         """What was loaded, in plain types."""

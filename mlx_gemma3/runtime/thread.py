@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import queue
 import threading
@@ -17,6 +18,8 @@ import mlx.core as mx
 from ..checkpoint.source import resolve
 from ..errors import ClosedError, Gemma3Error
 from .host import EngineOptions, Host, Request
+
+IDLE = 0.1  # seconds after loading in which nobody asked for anything
 
 T = TypeVar("T")
 _Call = tuple[Future[Any], Callable[[Host], Any]]
@@ -95,12 +98,19 @@ class EngineThread(threading.Thread):
         finally:
             self._fetching = False
         self._loaded.set()
-        while (item := self._queue.get()) is not None:
+        try:
+            item = self._queue.get(timeout=IDLE)
+        except queue.Empty:
+            with contextlib.suppress(Exception):  # what fails here fails again for the request that needs it
+                host.warm_up()
+            item = self._queue.get()
+        while item is not None:
             if isinstance(item, Request):
                 self._serve(host, item)
             else:
                 _finish(item, host)
             del item
+            item = self._queue.get()
         del host
         mx.clear_cache()
 
