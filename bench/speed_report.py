@@ -10,7 +10,8 @@ from pathlib import Path
 OURS = "mlx-gemma3"
 QUIET = 4.0  # load average, on two cores
 MARKS = ("<!-- measured -->\n", "<!-- /measured -->")
-RATES = {"prompt", "decode", "prompt cpu", "decode cpu"}  # more is better; of all others less
+# more is better; of all others less
+RATES = {"prompt", "decode", "prompt cpu", "decode cpu", "graph prompt", "graph decode"}
 # what is shown of a figure, in this order: section → (figure, its name and unit)
 SECTIONS: dict[str, dict[str, str]] = {
     "Words: a prompt of 512 tokens, and decoding after it": {
@@ -18,6 +19,8 @@ SECTIONS: dict[str, dict[str, str]] = {
         "prompt cpu": "prompt, tokens a CPU second",
         "decode": "decode, tokens/s",
         "decode cpu": "decode, tokens a CPU second",
+        "graph prompt": "prompt, tokens/s, the GPU's graph",
+        "graph decode": "decode, tokens/s, the GPU's graph",
         "build": "building one step's graph, ms of the host",
     },
     "From a command's start to its end with one token": {"start": "seconds", "start cpu": "CPU seconds"},

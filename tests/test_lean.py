@@ -55,6 +55,7 @@ def logits_of(model: Gemma3) -> list[mx.array]:
         caches = model.make_caches(padding=padding)
         out.append(model(ids, caches=caches))
         out += [model.step(mx.array([token, token + 1]), caches) for token in range(2 * WINDOW)]
+        out.append(model(ids[:, :WINDOW], caches=caches, last_only=True))
     mx.eval(out)
     return out
 
@@ -106,7 +107,7 @@ def test_pictures_padding_and_packed_caches_go_the_same_way() -> None:
 
     def run() -> list[mx.array]:
         padded = model(np.array([[0, 0, 5, 6], [1, 2, 3, 4]]), padding=[2, 0])
-        return [model(ids, pixels), padded]
+        return [model(ids, pixels), model(ids, pixels, last_only=True), padded]
 
     want = run()
     model.fuse()

@@ -115,9 +115,9 @@ def prefill(
         if cancelled():
             return None
         inside = [rows for rows, (start, stop) in zip(features, spans, strict=True) if begin <= start and stop <= end]
-        hidden = model.read(ids[:, begin:end], mx.stack(inside) if inside else None, caches)
+        hidden = model.read(ids[:, begin:end], mx.stack(inside) if inside else None, caches, last_only=True)
         if end == len(tokens):
-            logits = model.head(hidden[:, -1:])[:, -1]
+            logits = model.head(hidden)[:, -1]
             mx.eval(logits)
         mx.eval(caches.arrays)
         if progress is not None:

@@ -119,18 +119,18 @@ class Gemma3(nn.Module):
         """
         self._check_pixels(pixels)
         features = self.encode_images(pixels) if pixels is not None and len(pixels) else None
-        hidden = self.read(tokens, features, caches, padding=padding)
-        return self.head(hidden[:, -1:] if last_only else hidden)
+        return self.head(self.read(tokens, features, caches, last_only, padding=padding))
 
     def read(
         self,
         tokens: mx.array | np.ndarray | Sequence[Sequence[int]],
         features: mx.array | None = None,
         caches: Caches | None = None,
+        last_only: bool = False,
         *,
         padding: Sequence[int] | None = None,
     ) -> mx.array:
-        """As a call, without the head: (B, L, D) normed rows. What a prefill chunk before the last one needs.
+        """As a call, without the head: (B, L or 1, D) normed rows.
 
         Args:
             features: (N, T, D) from `encode_images`, the pictures of these tokens; None without pictures.
@@ -147,6 +147,7 @@ class Gemma3(nn.Module):
             caches=caches,
             blocks=mx.array(blocks) if blocks is not None else None,
             padding=caches.padding if caches is not None else check_padding(padding),
+            last_only=last_only,
         )
 
     def step(self, tokens: mx.array, caches: Caches) -> mx.array:

@@ -75,14 +75,17 @@ class LeanText:
         caches: Caches | None = None,
         blocks: mx.array | None = None,
         padding: tuple[int, ...] | None = None,
+        last_only: bool = False,
     ) -> mx.array:
-        """See TextModel."""
+        """See TextModel. With `last_only` the last layer reads all rows into its cache, and goes on with one."""
         length = x.shape[1]
         context = Context(length, caches.offset if caches is not None else 0, blocks, padding)
         # A graph is compiled for each shape, and prompts have many.
         before, after = (self.before, self.after) if length == 1 else (self.parts.before, self.parts.after)
         for index, layer in enumerate(self.layers):
             q, k, v = before(x, context.positions, *layer.before)
+            if last_only and layer is self.layers[-1]:
+                q, x = q[:, :, -1:], x[:, -1:]
             attended = self._attend(q, k, v, layer.rule, context, caches[index] if caches is not None else None)
             x = after(x, attended, *layer.after)
         return self.kernels.norm(x, self.gain, self.eps)
@@ -98,6 +101,8 @@ class LeanText:
     ) -> mx.array:
         keys, values = ((k,), (v,)) if cache is None else cache.update_and_fetch(k, v)
         mask = context.mask(keys[0].shape[2], rule.window)
+        if q.shape[2] < k.shape[2]:  # the last of these queries: in a triangle it sees all
+            mask = None if mask is None or isinstance(mask, str) else mask[:, :, -1:]
         bits = 16 if cache is None else cache.keys.bits
         return self.kernels.attend(q, keys, values, scale=rule.scale, mask=mask, bits=bits)
 

@@ -112,8 +112,9 @@ class TextModel(nn.Module):
         caches: Caches | None = None,
         blocks: mx.array | None = None,
         padding: tuple[int, ...] | None = None,
+        last_only: bool = False,
     ) -> mx.array:
-        """(B, L, D) rows → (B, L, D) normed rows.
+        """(B, L, D) rows → (B, L, D) normed rows, or (B, 1, D), the last ones.
 
         Args:
             blocks: (B, L) int, 0 for text, n for the tokens of the n-th image block.
@@ -122,7 +123,7 @@ class TextModel(nn.Module):
         context = Context(x.shape[1], caches.offset if caches is not None else 0, blocks, padding)
         for index, layer in enumerate(self.layers):
             x = layer(x, context, caches[index] if caches is not None else None)
-        return self.norm(x)
+        return self.norm(x[:, -1:] if last_only else x)
 
 
 class Context:

@@ -299,9 +299,9 @@ def _fill(model: Gemma3, depth: int, batch: int, caches: Caches) -> mx.array:
     """(B, V) logits after `depth` random tokens in each row."""
     ids = random_ids(model, depth, batch)
     for begin, end in prefill_chunks(depth, (), chunk_size(model, depth * batch, caches)):
-        hidden = model.read(ids[:, begin:end], None, caches)
+        hidden = model.read(ids[:, begin:end], None, caches, last_only=True)
         mx.eval(caches.arrays)
-    logits = model.head(hidden[:, -1:])[:, -1]
+    logits = model.head(hidden)[:, -1]
     mx.eval(logits)
     return logits
 
