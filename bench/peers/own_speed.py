@@ -40,7 +40,6 @@ def words(folder: str, dtype: str) -> dict[str, float]:
 
     found = measure(generate)
     model.run_on(gpu_kernels())
-    model.ahead = True
     found |= as_graph(measure(generate))
     caches = model.make_caches()
     prefill(model, prompt(32), caches)

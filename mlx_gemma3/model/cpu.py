@@ -48,7 +48,7 @@ _here = threading.local()
 
 
 def kernels() -> Kernels:
-    return Kernels(matrix, multiply, attend, geglu, norm, add)
+    return Kernels(matrix, multiply, attend, geglu, norm, add, ahead=False)
 
 
 def multiply(x: mx.array, matrix: Multiply) -> mx.array:

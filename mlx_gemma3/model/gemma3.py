@@ -42,7 +42,7 @@ class Gemma3(nn.Module):
         self._lean: LeanText | None = None  # from `fuse`
         self._head: Matrix = None  # likewise
         self._widen_head = False
-        self.ahead = True  # a step is computed while the host goes on, so that the next can be issued early
+        self.ahead = True  # see Kernels
 
     def fuse(self, between: Callable[[], None] = lambda: None) -> None:
         """Evaluate the weights and run on them in fewer steps (lean.py), arranged for the CPU where that is the device.
@@ -65,12 +65,12 @@ class Gemma3(nn.Module):
                 layer.mlp.gelu = cpu.gelu_tanh if on_cpu else gelu_tanh
             if on_cpu:
                 cpu.arrange(self.vision_tower)
-        self.ahead = not on_cpu
         mx.eval(self.parameters())
 
     def run_on(self, kernels: Kernels, between: Callable[[], None] = lambda: None) -> None:
         """The decoder and the head on these kernels."""
         self._lean = LeanText(self.language_model, kernels, between)
+        self.ahead = kernels.ahead
         tied = self.config.tie_word_embeddings
         self._head = kernels.matrix(self.language_model.embed_tokens if tied else self.lm_head)
 
@@ -156,10 +156,12 @@ class Gemma3(nn.Module):
         As in the reference, a token that the model itself wrote is text, whatever its id.
         """
         caches.ends_in_image = False
-        if self._widen_head:  # worth its time when a second token is asked for, not before the first
+        if (
+            self._widen_head and self._lean is not None
+        ):  # worth its time when a second token is asked for, not before the first
             embedding = self.language_model.embed_tokens
             embedding.weight = embedding.weight.astype(self.language_model.norm.weight.dtype)
-            self._head = cpu.matrix(embedding)
+            self._head = self._lean.kernels.matrix(embedding)
             self._widen_head = False
         hidden = self._decoder(self.language_model.embed(tokens[:, None]), caches=caches, padding=caches.padding)
         return self.head(hidden)[:, 0]

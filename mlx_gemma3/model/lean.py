@@ -45,6 +45,7 @@ class Kernels:
     norm: Callable[[mx.array, mx.array | None, float], mx.array]  # mx.fast.rms_norm
     add: Callable[[mx.array, mx.array], mx.array] = operator.add
     compile: Callable[[Function], Function] = lambda function: function  # of arrays and constants
+    ahead: bool = True  # it computes while the host goes on, so that the next step can be issued early
 
 
 class LeanText:
