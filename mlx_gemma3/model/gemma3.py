@@ -156,9 +156,8 @@ class Gemma3(nn.Module):
         As in the reference, a token that the model itself wrote is text, whatever its id.
         """
         caches.ends_in_image = False
-        if (
-            self._widen_head and self._lean is not None
-        ):  # worth its time when a second token is asked for, not before the first
+        if self._widen_head and self._lean is not None:
+            # Worth its time when a second token is asked for, not before the first.
             embedding = self.language_model.embed_tokens
             embedding.weight = embedding.weight.astype(self.language_model.norm.weight.dtype)
             self._head = self._lean.kernels.matrix(embedding)
