@@ -21,11 +21,14 @@
     ├── BusyError              "busy"          a worker process with as much to do as it takes; try again later
     └── WorkerError            "worker"        a worker process that ended, or cannot be talked to
 
-A message is one line: what is wrong, what was found, what was wanted, what to do about it.
+A message is one line: what is wrong, what was found, what was wanted, what to do about it. Each of the four is cut to
+300 characters, and no control character of a name that it quotes reaches a terminal (visible.py).
 Codes are part of the public interface: programs branch on them, so they never change.
 """
 
 from __future__ import annotations
+
+from .visible import shortened, visible
 
 
 class Gemma3Error(Exception):
@@ -44,9 +47,13 @@ class Gemma3Error(Exception):
 
     def __init__(self, what: str, *, got: object = None, want: object = None, do: str = "") -> None:
         self.what, self.got, self.want, self.do = what, got, want, do
-        found = [f"{word} {value}" for word, value in (("got", got), ("want", want)) if value is not None]
-        message = what + (": " if found else "") + ", ".join(found) + (f"; {do}" if do else "")
-        super().__init__(" ".join(message.split()))
+        found = [f"{word} {_clean(value)}" for word, value in (("got", got), ("want", want)) if value is not None]
+        message = _clean(what) + (": " if found else "") + ", ".join(found) + (f"; {_clean(do)}" if do else "")
+        super().__init__(message)
+
+
+def _clean(value: object) -> str:
+    return shortened(visible(" ".join(str(value).split())))
 
 
 class SourceError(Gemma3Error):

@@ -15,9 +15,9 @@ PACKAGE = ROOT / "mlx_gemma3"
 CONVERT = ROOT / "convert"  # installed as mlx_gemma3.convert
 # A room imports from itself and from lower ranks only.
 RANKS = {
-    "errors": 0, "paths": 0, "config": 1, "gguf_header": 1,
-    "prompt": 2, "model": 3, "checkpoint": 4, "generation": 5, "runtime": 6,
-    "convert": 7, "worker": 7, "__init__": 8, "commands": 9, "cli": 10,
+    "visible": 0, "paths": 0, "errors": 1, "reading": 2, "config": 3, "gguf_header": 3,
+    "prompt": 4, "model": 5, "checkpoint": 6, "generation": 7, "runtime": 8,
+    "convert": 9, "worker": 9, "__init__": 10, "commands": 11, "cli": 12,
 }  # fmt: skip
 
 

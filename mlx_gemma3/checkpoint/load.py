@@ -22,9 +22,10 @@ from ..errors import CheckpointError, ConfigError, OptionError
 from ..gguf_header import GGUFHeader
 from ..model.gemma3 import Gemma3
 from ..prompt.tokenizer import Tokenizer
+from ..visible import listed
 from . import gguf, gguf_config
 from .source import Source, resolve
-from .tensors import EMBEDDING, canonical_name, is_vision, listed, read_folder
+from .tensors import EMBEDDING, canonical_name, is_vision, read_folder
 
 # MLX's packings: bits, group sizes. Affine has floating scales and biases, the others scales of one byte.
 _MODES: Mapping[str, tuple[frozenset[int], frozenset[int]]] = {

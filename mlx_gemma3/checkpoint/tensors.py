@@ -24,6 +24,7 @@ import mlx.core as mx
 
 from ..config import Config
 from ..errors import CheckpointError
+from ..visible import listed
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "language_model.embed_tokens.weight"
@@ -266,10 +267,3 @@ def channels_last(weight: mx.array) -> mx.array:
 def _used_names(names: Iterable[str], config: Config, text_only: bool) -> dict[str, str]:
     pairs = ((name, canonical_name(name)) for name in names)
     return {name: canonical for name, canonical in pairs if is_used(canonical, config, text_only=text_only)}
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first few of some names and how many more there are, for an error message."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more
