@@ -28,7 +28,7 @@ Codes are part of the public interface: programs branch on them, so they never c
 
 from __future__ import annotations
 
-from .visible import shortened, visible
+from .visible import one_line
 
 
 class Gemma3Error(Exception):
@@ -53,7 +53,7 @@ class Gemma3Error(Exception):
 
 
 def _clean(value: object) -> str:
-    return shortened(visible(" ".join(str(value).split())))
+    return one_line(str(value))
 
 
 class SourceError(Gemma3Error):

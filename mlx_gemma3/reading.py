@@ -6,6 +6,7 @@ config.py because every room that reads a file needs it.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -44,6 +45,12 @@ def _kind(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "a folder"
     return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def reason(error: OSError) -> str:
+    """What went wrong with a file, in words: a full disk is called that."""
+    full = {errno.ENOSPC: "a full disk", errno.EDQUOT: "a full disk: no more of it is this user's"}
+    return full.get(error.errno or 0) or error.strerror or str(error)
 
 
 def read_json(path: Path, error: type[Gemma3Error], *, want: str = "a JSON file", most: int = MOST_JSON) -> Any:

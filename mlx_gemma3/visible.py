@@ -9,6 +9,7 @@ Beside errors.py because every message is made with it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 
@@ -28,6 +29,17 @@ def _escape(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how Python carries a byte that is not UTF-8
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def one_line(text: str, most: int = MOST) -> str:
+    """The text for a place in a sentence, a table or a status line: on one line, visible, cut."""
+    return shortened(visible(" ".join(text.split())), most)
+
+
+def json_line(value: object, *, ascii_only: bool = False) -> str:
+    """A value as JSON on one line, what `visible` writes out as \\u escapes: for a program it is the same value."""
+    text = json.dumps(value, ensure_ascii=ascii_only)
+    return _HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def shortened(text: str, most: int = MOST) -> str:

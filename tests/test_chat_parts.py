@@ -186,7 +186,7 @@ def test_an_answer_cannot_drive_the_terminal() -> None:
     writer = glass.writer()
     writer.push("a\x1b[2J\x1b]0;title\x07b\x9b31mc [red]d[/red] <i>e</i>")
     writer.finish()
-    assert glass.lines[0] == "a[2J]0;titleb31mc [red]d[/red] <i>e</i>"
+    assert "".join(glass.lines) == r"a\x1b[2J\x1b]0;title\x07b\x9b31mc [red]d[/red]<i>e</i>"
 
 
 # Settings and documents

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ import typer
 
 from ..errors import OptionError
 from .inspect import amount, table
-from .terminal import Status
+from .terminal import Status, emit, say
 
 if TYPE_CHECKING:
     from ..runtime.benchmark import Benchmark, Spread
@@ -69,7 +68,10 @@ def bench(
         from .bench_plot import draw
 
         draw(found, plot)
-    typer.echo(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else "\n".join(report(found)))
+    if as_json:
+        emit(found.to_dict())
+    else:
+        say("\n".join(report(found)))
 
 
 def parse_sizes(name: str, text: str | None) -> tuple[int, ...] | None:

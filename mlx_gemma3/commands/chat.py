@@ -14,12 +14,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import Gemma3Error, OptionError, PromptError
-from .terminal import leave
+from .places import session_place
+from .streams import OutputLost, was_closed
+from .terminal import leave, own
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine, Session
     from .talk.input import Input
+    from .talk.screen import Terminal
     from .talk.talk import Talk
+
+
+_ENDS = (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
 
 
 def chat(
@@ -85,6 +91,10 @@ def chat(
             "stop": stop or [],
         }
     )
+    if was_closed(0):
+        raise PromptError("standard input", got="a closed one", want="questions")
+    if session is not None:
+        session = session_place(session)
     resume = session if session is not None and session.exists() else None
     if resume is not None and system is not None:
         raise OptionError("--system", got="a text for a conversation that has begun", want="none")
@@ -98,7 +108,8 @@ def chat(
         return engine.session(system=system, resume=resume)
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    screen: Screen = Terminal(quiet=quiet) if terminal else Plain(quiet=quiet)
+    at = Terminal(quiet=quiet) if terminal else None
+    screen: Screen = at or Plain(quiet=quiet)
     hidden = not (terminal and must_be_fetched(model))
     loading = Loading(model, make_engine, make_session)
     talk = Talk(loading, screen, settings, system, session)
@@ -109,7 +120,10 @@ def chat(
     status: int = 0
     try:
         with _signals(Leave):
-            status = _line_by_line(talk) if asker is None else _at_a_terminal(talk, asker, wait=not hidden)
+            if at is None or asker is None:
+                status = _line_by_line(talk)
+            else:
+                status = _at_a_terminal(talk, at, asker, wait=not hidden)
     except Leave as left:
         status = int(left.code or 0)
     except KeyboardInterrupt:
@@ -140,7 +154,7 @@ def _input(talk: Talk) -> Input:
     return Input(data_folder() / "chat_history", talk.loading, state)
 
 
-def _at_a_terminal(talk: Talk, asker: Input, *, wait: bool) -> int:
+def _at_a_terminal(talk: Talk, screen: Terminal, asker: Input, *, wait: bool) -> int:
     """Ask and answer until the person leaves; returns the exit status."""
     if wait:
         _ = talk.session
@@ -149,11 +163,11 @@ def _at_a_terminal(talk: Talk, asker: Input, *, wait: bool) -> int:
     while not talk.ended:
         default, talk.prefill = talk.prefill, ""
         try:
-            line = asker.ask(default)
+            line = asker.ask(default, screen.typed())
             talk.stopped = False
             if line.strip():
                 _take(talk, line)
-                sys.stdout.write("\n")
+                own("\n")
             else:
                 talk.editing = False
         except KeyboardInterrupt:
@@ -193,7 +207,7 @@ def _take(talk: Talk, line: str) -> None:
         else:
             talk.say(said)
     except Gemma3Error as error:
-        if talk.loading.failure is not None:
+        if talk.loading.failure is not None or isinstance(error, OutputLost):
             raise
         talk.failed = True
         talk.screen.error(str(error))
@@ -201,17 +215,19 @@ def _take(talk: Talk, line: str) -> None:
 
 @contextlib.contextmanager
 def _signals(leave_with: Callable[[int], BaseException]) -> Iterator[None]:
-    """Ctrl-C is an exception; a hang-up or the request to end ends the chat, which saves what it must."""
+    """Ctrl-C is an exception; a hang-up or a request to end ends the chat, which saves what it must and leaves the
+    terminal as it was.
+    """
 
     def end(number: int, _: FrameType | None) -> None:
-        for name in (signal.SIGHUP, signal.SIGTERM):
+        for name in _ENDS:
             signal.signal(name, signal.SIG_IGN)
         raise leave_with(128 + number)
 
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, *_ENDS)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, end)
-    signal.signal(signal.SIGTERM, end)
+    for name in _ENDS:
+        signal.signal(name, end)
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import Status
+from .terminal import Status, emit, say
 
 
 def convert(
@@ -93,16 +92,16 @@ def convert(
     )
     status.clear()
     if not as_json:
-        typer.echo(report.text())
+        say(report.text())
     url = None
     if upload is not None:
         from ..convert.upload import upload as send
 
         url = send(out, upload, quiet=quiet or as_json)
     if as_json:
-        typer.echo(json.dumps(report.to_dict() | {"url": url}, ensure_ascii=False))
+        emit(report.to_dict() | {"url": url})
     elif url:
-        typer.echo(f"\n{url}")
+        say(f"\n{url}")
 
 
 def _name(source: str, *, bits: int | None, mode: str, preset: str | None, dequantize: bool) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import OptionError
-from .terminal import Status
+from .terminal import Status, emit, say
 
 
 def evaluate(
@@ -66,4 +65,7 @@ def evaluate(
         from ..convert.plot import plot as draw
 
         draw(evaluation, plot)
-    typer.echo(json.dumps(evaluation.to_dict(), ensure_ascii=False) if as_json else evaluation.text())
+    if as_json:
+        emit(evaluation.to_dict())
+    else:
+        say(evaluation.text())

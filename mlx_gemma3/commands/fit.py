@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from ..errors import OptionError, SourceNotFound
 from .inspect import table
+from .terminal import emit, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +66,10 @@ def fit(
         subject = replace(_find(model, text_only=text_only), local_kv_bits=local_kv_bits)
         about = one(subject, machine, tokens, kv_bits, bits)
         lines = one_report(about)
-    typer.echo(json.dumps(about, ensure_ascii=False) if as_json else "\n".join(lines))
+    if as_json:
+        emit(about)
+    else:
+        say("\n".join(lines))
 
 
 def parse_context(text: str) -> int:

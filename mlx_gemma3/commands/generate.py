@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import re
-import select
 import signal
-import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import OptionError, PromptError
-from .terminal import Pace, Status, leave
+from .places import session_place
+from .streams import WAIT, OutputLost, Piped
+from .terminal import Pace, Status, answer, emit, leave, tell
 
 if TYPE_CHECKING:
     from ..runtime.options import OptionValues
@@ -26,7 +26,9 @@ def generate(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            help="What to say. Text piped in follows it. {image} marks a picture's place.", show_default=False
+            help="What to say. Text piped in follows it, if it begins within 5 seconds; without a prompt it is waited "
+            "for. {image} marks a picture's place.",
+            show_default=False,
         ),
     ] = None,
     model: Annotated[
@@ -77,14 +79,18 @@ def generate(
 ) -> None:
     """Answer a prompt, with any number of pictures, as it is written."""
     images = [str(path) for path in image or []]
+    _refuse_picture(prompt)
     message = _with_pictures(prompt or "", images, raw=raw)
-    if piped := _read_stdin():
-        message = _append(message, piped)
-    if not images and isinstance(message, str) and not message:
-        raise PromptError("prompt", got="nothing", want="words as an argument or on standard input")
-
-    if session is not None and raw:
-        raise OptionError("session", got="--raw as well", want="one or the other", do="completion has no turns")
+    piped = Piped(WAIT if prompt else None)
+    if not prompt:
+        if text := _read(piped, quiet=quiet):
+            message = _append(message, text)
+        if not message and not images:
+            raise PromptError("prompt", got="nothing", want="words as an argument or on standard input")
+    if session is not None:
+        if raw:
+            raise OptionError("session", got="--raw as well", want="one or the other", do="completion has no turns")
+        session = session_place(session)
 
     from ..runtime.engine import Engine
 
@@ -101,6 +107,8 @@ def generate(
         quiet=quiet or as_json,
     ) as engine:
         status.clear()
+        if prompt and (text := _read(piped, quiet=quiet)):
+            message = _append(message, text)
         options: OptionValues = {
             "pan_and_scan": pan_and_scan,
             "max_tokens": max_tokens,
@@ -119,13 +127,11 @@ def generate(
             resume = session if session.exists() else None
             talk = engine.session(system=system, resume=resume)
             stream = talk.send(message if isinstance(message, str) else message[0]["content"], images=images, **options)
-        interrupted = _print(stream, status, as_json=as_json)
-        if session is not None:
-            talk.save(session)
+        stopped = _print(stream, status, as_json=as_json, kept=None if session is None else lambda: talk.save(session))
         if stats and (end := stream.next())["kind"] == "done":
-            typer.echo(_stats(end["usage"]), err=True)
-    if interrupted:
-        raise typer.Exit(130)
+            tell(_stats(end["usage"]))
+    if stopped:
+        raise typer.Exit(128 + stopped)
 
 
 def _with_pictures(text: str, images: list[str], *, raw: bool) -> str | list[dict[str, Any]]:
@@ -161,53 +167,89 @@ def _append(message: str | list[dict[str, Any]], text: str) -> str | list[dict[s
     return [{"role": "user", "content": [*items, {"type": "text", "text": f"\n\n{text}"}]}]
 
 
-def _read_stdin() -> str:
-    """What is piped or redirected in; nothing when standard input is a terminal, closed or a device."""
-    if sys.stdin is None or sys.stdin.closed:
-        return ""
-    mode = os.fstat(sys.stdin.fileno()).st_mode
-    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
-        return ""
-    if stat.S_ISFIFO(mode) and sys.stderr.isatty() and not select.select([sys.stdin], [], [], 2)[0]:
-        typer.echo("reading standard input to its end …", err=True)
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").strip("\n")
-    except UnicodeDecodeError as error:
-        raise PromptError("standard input", got=f"bytes that are not UTF-8 at {error.start}", want="text") from None
+def _refuse_picture(prompt: str | None) -> None:
+    """`-i a.png b.png` gives one picture, and the other's name as the prompt: nobody means that."""
+    with contextlib.suppress(OSError, ValueError):  # too long for a path, or a NUL in it
+        if prompt and Path(prompt).is_file():
+            from ..errors import ImageError
+            from ..prompt.images import load_image
+
+            with contextlib.suppress(ImageError):
+                load_image(Path(prompt))
+                raise PromptError(
+                    "prompt", got=f"the picture {prompt}", want="words", do="each picture needs its own --image (-i)"
+                )
 
 
-def _print(stream: Stream, status: Status, *, as_json: bool) -> bool:
-    """Write the answer as it comes. Ctrl-C ends it; returns whether that happened."""
-    interrupted, pace = False, Pace()
+def _read(piped: Piped, *, quiet: bool) -> str:
+    """What is piped in; a person is told when it is long in coming, or was not waited for."""
+    if not quiet and sys.stderr.isatty() and not piped.ended(2):
+        tell("reading standard input …")
+    text = piped.text()
+    if piped.silent and not quiet:
+        tell(
+            f"note: nothing came on standard input within {WAIT:.0f} seconds, so the prompt stands alone "
+            "(< /dev/null is not waited for; without a prompt, standard input is)"
+        )
+    return text
 
-    def cancel(*_: object) -> None:
-        nonlocal interrupted
-        interrupted = True
+
+def _print(stream: Stream, status: Status, *, as_json: bool, kept: Callable[[], None] | None) -> int:
+    """Write the answer as it comes, and keep it. A signal ends the answer; returns its number, or 0.
+
+    Args:
+        kept: keeps the answer, also one that could not be written; None where it is nowhere to be kept.
+
+    Raises:
+        OutputLost, BrokenPipeError: it could not be written.
+        Gemma3Error: there is none.
+    """
+    stopped, pace = 0, Pace()
+    failure: Exception | None = None
+
+    def cancel(number: int, _: object) -> None:
+        nonlocal stopped
+        stopped = stopped or number
         stream.cancel()
         signal.signal(signal.SIGINT, leave)  # again: at once
 
-    signal.signal(signal.SIGINT, cancel)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, cancel)
     while True:
         event = stream.next()
         kind = event["kind"]
-        if as_json and "stage" not in event:
-            typer.echo(json.dumps(event, ensure_ascii=False))
-        if kind == "pending" and event["stage"] == "prompt":
-            status.bar(event["done"], event["total"], pace.text(event["done"], event["total"], "tokens"))
-        elif kind == "pending":
-            status.show(f"looking at {event['stage']}", event["done"], event["total"])
-        elif kind == "text" and not as_json:
-            status.clear()
-            sys.stdout.write(event["text"])
-            sys.stdout.flush()
-        elif kind == "error":
-            status.clear()
+        try:
+            if failure is None:
+                _show(event, status, pace, as_json=as_json)
+        except (OutputLost, BrokenPipeError) as error:
+            if kept is None:
+                raise
+            failure = error
+        if kind == "error":
             stream.raise_error()
-        elif kind == "done":
-            status.clear()
-            if not as_json:
-                typer.echo()
-            return interrupted
+        if kind == "done":
+            break
+    if kept is not None:
+        kept()
+    if failure is not None and not stopped:
+        raise failure
+    return stopped
+
+
+def _show(event: dict[str, Any], status: Status, pace: Pace, *, as_json: bool) -> None:
+    """What one event has to show."""
+    kind = event["kind"]
+    if kind == "pending" and event["stage"] == "prompt":
+        status.bar(event["done"], event["total"], pace.text(event["done"], event["total"], "tokens"))
+        return
+    if kind == "pending":
+        status.show(f"looking at {event['stage']}", event["done"], event["total"])
+        return
+    status.clear()
+    if as_json:
+        emit(event)
+    elif kind != "error":
+        answer(event["text"] if kind == "text" else "\n")
 
 
 def _stats(usage: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import TokenizerError
+from .terminal import emit, say
 
 if TYPE_CHECKING:
     from ..checkpoint.contents import Entry
@@ -35,7 +36,10 @@ def inspect(
 
     checkpoint = open_checkpoint(resolve(source, quiet=as_json))
     about = describe(checkpoint, open_store(checkpoint).entries)
-    typer.echo(json.dumps(about, ensure_ascii=False) if as_json else "\n".join(report(about)))
+    if as_json:
+        emit(about)
+    else:
+        say("\n".join(report(about)))
 
 
 def describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any]:

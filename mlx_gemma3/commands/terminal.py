@@ -1,17 +1,70 @@
-"""What the commands share of the terminal: the status line, and leaving on Ctrl-C."""
+"""The one place of the commands that writes: answers, reports, messages, the status line.
+
+What others wrote (names, answers, errors) goes through visible.py on its way to a terminal, so no control character in
+it arrives there; escape sequences are this file's own, rich's and prompt_toolkit's. Standard streams are streams.py's.
+"""
 
 from __future__ import annotations
 
-import os
+import shutil
 import sys
 import time
+import unicodedata
+
+from ..visible import json_line, one_line, visible
+from .streams import leave
+
+__all__ = ["Pace", "Status", "answer", "emit", "fitted", "leave", "own", "say", "tell", "width"]
 
 BAR = 24  # places
+_AGAIN = "\r\x1b[2K"  # to the line's start, and empty it
 
 
-def leave(*_: object) -> None:
-    """Ctrl-C where nothing can be asked to stop (a download, a load): leave without waiting for its thread."""
-    os._exit(130)
+def answer(text: str) -> None:
+    """Some of a model's answer, at once: as it is for a file or a program, filtered for a terminal."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """A report, or lines of one, on stdout."""
+    sys.stdout.write(visible(text) + "\n")
+    sys.stdout.flush()
+
+
+def emit(value: object) -> None:
+    """A value as one line of JSON on stdout, in escapes where the encoding has no such character."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
+    sys.stdout.write(json_line(value, ascii_only=encoding not in ("utf-8", "utf8")) + "\n")
+    sys.stdout.flush()
+
+
+def tell(text: str) -> None:
+    """A line on stderr."""
+    sys.stderr.write(visible(text) + "\n")
+    sys.stderr.flush()
+
+
+def own(text: str) -> None:
+    """Text on stdout with escape sequences that are ours; what others wrote in it has been made visible before."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def width() -> int:
+    """Columns of the terminal, at least 1."""
+    return max(1, shutil.get_terminal_size().columns)
+
+
+def fitted(text: str, columns: int) -> str:
+    """One line of text that takes at most so many columns, cut at its end."""
+    text, used = one_line(text), 0
+    for place, character in enumerate(text):
+        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if used > columns:
+            cut = text[:place]
+            return f"{cut[:-1]}…" if columns > 1 and unicodedata.east_asian_width(cut[-1:]) not in "WF" else cut
+    return text
 
 
 class Status:
@@ -22,26 +75,25 @@ class Status:
         self._shown = False
 
     def show(self, what: str, done: int = 0, total: int = 0) -> None:
-        if self._on:
-            share = f" {done} of {total}" if total else ""
-            sys.stderr.write(f"\r\x1b[2K{what}{share} …")
-            sys.stderr.flush()
-            self._shown = True
+        share = f" {done} of {total} …" if total else " …"
+        self._write(fitted(what, max(1, width() - 1 - len(share))) + share)
 
     def bar(self, done: int, total: int, what: str) -> None:
         """A bar, the share, and the thing at hand."""
-        if self._on:
-            full = BAR * done // max(total, 1)
-            share = f"{100 * done // max(total, 1):3} %"
-            sys.stderr.write(f"\r\x1b[2K[{'#' * full}{'.' * (BAR - full)}] {share}  {what[:50]}")
-            sys.stderr.flush()
-            self._shown = True
+        full = BAR * done // max(total, 1)
+        share = f"{100 * done // max(total, 1):3} %"
+        self._write(f"[{'#' * full}{'.' * (BAR - full)}] {share}  {one_line(what, 50)}")
 
     def clear(self) -> None:
         if self._shown:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
+            self._write("")
             self._shown = False
+
+    def _write(self, line: str) -> None:
+        if self._on:
+            sys.stderr.write(_AGAIN + fitted(line, width() - 1))
+            sys.stderr.flush()
+            self._shown = True
 
 
 class Pace:

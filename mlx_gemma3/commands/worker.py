@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Annotated
 
 import typer
 
 from ..errors import WorkerError
+from .streams import was_closed
 
 
 def worker(
@@ -34,15 +34,13 @@ def worker(
                 rest = rest[sink.write(rest) or 0 :]
 
         Server(source, write, limits, __version__).run()
-        sys.stdout.flush()
 
 
 def _own(descriptor: int, mode: int) -> int:
     """Take a standard stream for ourselves alone: in its place, nothing can be read or written by anybody else."""
-    try:
-        mine = os.dup(descriptor)
-    except OSError:
-        raise WorkerError(f"standard {'output' if descriptor else 'input'}", got="none", want="a pipe") from None
+    if was_closed(descriptor):
+        raise WorkerError(f"standard {'output' if descriptor else 'input'}", got="none", want="a pipe")
+    mine = os.dup(descriptor)
     nothing = os.open(os.devnull, mode)
     os.dup2(nothing, descriptor)
     os.close(nothing)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import OptionError, OutputError
+from ...errors import OptionError
+from ..places import write_private
 
 Messages = Sequence[dict[str, Any]]
 
 
 def write(path: Path, messages: Messages, model: str) -> None:
-    """Write a conversation, under a temporary name first.
+    """Write a conversation, for its owner only.
 
     Args:
         path: ends in .md or .json.
@@ -28,17 +27,7 @@ def write(path: Path, messages: Messages, model: str) -> None:
     kinds = {".md": markdown, ".json": as_json}
     if path.suffix.lower() not in kinds:
         raise OptionError(f"/export {path.name}", got=path.suffix or "no ending", want=".md or .json")
-    text = kinds[path.suffix.lower()](messages, model)
-    working = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        working.write_text(text, encoding="utf-8")
-        working.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}", got=error.strerror or error, want="a place that can be written") from None
-    finally:
-        with contextlib.suppress(OSError):
-            working.unlink()
+    write_private(path, kinds[path.suffix.lower()](messages, model))
 
 
 def as_json(messages: Messages, model: str) -> str:

@@ -13,6 +13,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 from rich.theme import Theme
 
+from ...visible import visible
 from .blocks import cut, parser
 from .live import Live
 
@@ -31,8 +32,7 @@ THEME = Theme(
     }
 )
 _NUMBER = re.compile(r"(\s*)(\d+)([.)])")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+_COLOUR = re.compile(r"(\x1b\[[\d;]*m)")
 _SPACES_AT_END = re.compile(r" +$", re.MULTILINE)
 
 
@@ -72,14 +72,12 @@ def rendered(text: str, console: Console) -> list[str]:
     """One block of Markdown as lines with colours, none wider than the terminal, without blank ones around them."""
     with console.capture() as capture:
         console.print(_Markdown(parser().parse(text)))
-    lines = _SPACES_AT_END.sub("", capture.get()).split("\n")
+    # The text was visible before, but `&#x202e;` says in Markdown what nobody has seen. Odd parts are rich's colours.
+    parts = _COLOUR.split(capture.get())
+    shown_as = "".join(part if place % 2 else visible(part) for place, part in enumerate(parts))
+    lines = _SPACES_AT_END.sub("", shown_as).split("\n")
     shown = [number for number, line in enumerate(lines) if _COLOUR.sub("", line).strip()]
     return lines[shown[0] : shown[-1] + 1] if shown else []
-
-
-def harmless(text: str) -> str:
-    """Without control characters: an answer may not move the cursor, change colours or ring."""
-    return _CONTROL.sub("", text)
 
 
 class Writer:
@@ -93,7 +91,7 @@ class Writer:
         self._begun = False  # something stands above
 
     def push(self, text: str) -> None:
-        self._text += harmless(text)
+        self._text += visible(text)
 
     def show(self) -> None:
         """Bring the terminal up to date."""

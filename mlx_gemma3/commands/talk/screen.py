@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import shutil
 import signal
 import sys
@@ -11,13 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..terminal import Pace
+from ...visible import one_line, visible
+from ..streams import OutputLost
+from ..terminal import Pace, answer, fitted, own, tell, width
 
 if TYPE_CHECKING:
     from ...runtime.stream import Stream
 
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _BEAT = 0.08  # seconds between two pictures of the spinner, and between two of the text
+_MOST_TYPED = 1 << 20  # bytes that are typed or pasted while nothing is asked; what is more is dropped
 
 
 class Leave(SystemExit):
@@ -73,22 +78,23 @@ class Terminal:
         from rich.console import Console
 
         from .live import Live
-        from .markdown import THEME, harmless
+        from .markdown import THEME
 
-        self._quiet, self._harmless = quiet, harmless
+        self._quiet = quiet
         self._console = Console(theme=THEME, highlight=False, emoji=False)
-        self._live = Live(self._write, shutil.get_terminal_size)
+        self._live = Live(own, shutil.get_terminal_size)
+        self._typed = Typed()
 
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    def typed(self) -> bytes:
+        """What was typed while nothing was asked, once."""
+        return self._typed.take()
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(self._harmless(text), style="dim", markup=False)
+            self._console.print(visible(text), style="dim", markup=False)
 
     def error(self, text: str) -> None:
-        self._console.print(self._harmless(text), style="red", markup=False)
+        self._console.print(visible(text), style="red", markup=False)
 
     def rows(self, rows: Sequence[tuple[str, str]]) -> None:
         from rich.table import Table
@@ -97,9 +103,14 @@ class Terminal:
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True, style="bold")
         table.add_column(overflow="fold")
+        beside = width() >= max(len(name) for name, _ in rows) + 12
         for name, value in rows:
-            table.add_row(name, Text(self._harmless(value)))
-        self._console.print(table)
+            if beside:
+                table.add_row(name, Text(visible(value)))
+            else:  # too narrow for two columns
+                self._console.print(Text(f"{name}: ", style="bold").append(visible(value), style="not bold"))
+        if beside:
+            self._console.print(table)
 
     def follow(self, stream: Stream) -> dict[str, Any]:
         from .markdown import Writer
@@ -110,6 +121,7 @@ class Terminal:
             try:
                 while True:
                     event = stream.next(timeout=_BEAT)
+                    self._typed.read()
                     if "stage" in event:
                         words = _reading(event, pace)
                     elif event["kind"] == "text":
@@ -130,7 +142,8 @@ class Terminal:
                             self._spin(beat, words)
                         drawn = now
             finally:
-                writer.finish()
+                with contextlib.suppress(OutputLost):  # the terminal is gone: what ended the answer says more
+                    writer.finish()
 
     def wait(self, ended: Callable[[float], bool], what: str) -> bool:
         given_up = False
@@ -143,16 +156,39 @@ class Terminal:
         with _hushed(), stopping(give_up):
             try:
                 while not given_up and not ended(_BEAT):
+                    self._typed.read()
                     beat += 1
                     seconds = time.monotonic() - began
                     self._spin(beat, what + (f" · {seconds:.0f} s" if seconds >= 1 else ""))
             finally:
-                self._live.clear()
+                with contextlib.suppress(OutputLost):
+                    self._live.clear()
         return not given_up
 
     def _spin(self, beat: int, words: str) -> None:
-        columns = shutil.get_terminal_size().columns
-        self._live.update([f"\x1b[2m{_FRAMES[beat % len(_FRAMES)]} {words}"[: columns + 3] + "\x1b[0m"])
+        line = fitted(f"{_FRAMES[beat % len(_FRAMES)]} {words}", width() - 1)
+        self._live.update([f"\x1b[2m{line}\x1b[0m"])
+
+
+class Typed:
+    """Reads what is typed while an answer is shown or the model loads, for the next prompt.
+
+    A terminal keeps about 4,000 characters: after a longer paste nothing more would arrive, not even Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = b""
+
+    def read(self) -> None:
+        """Take what is there."""
+        place = sys.stdin.fileno()
+        with contextlib.suppress(OSError):  # the terminal is gone
+            while select.select([place], [], [], 0)[0] and (part := os.read(place, 1 << 16)):
+                self._bytes += part[: _MOST_TYPED - len(self._bytes)]
+
+    def take(self) -> bytes:
+        taken, self._bytes = self._bytes, b""
+        return taken
 
 
 class Plain:
@@ -163,27 +199,28 @@ class Plain:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            sys.stderr.write(f"{text}\n")
+            tell(text)
 
     def error(self, text: str) -> None:
-        sys.stdout.flush()
-        sys.stderr.write(f"mlx-gemma3: {text}\n")
+        tell(f"mlx-gemma3: {text}")
 
     def rows(self, rows: Sequence[tuple[str, str]]) -> None:
-        width = max(len(name) for name, _ in rows)
-        sys.stderr.write("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
+        room = max(len(name) for name, _ in rows)
+        tell("\n".join(f"{name:<{room}}  {one_line(value)}" for name, value in rows))
 
     def follow(self, stream: Stream) -> dict[str, Any]:
+        failure: Exception | None = None
         with stopping(stream.cancel):
             while True:
                 event = stream.next()
-                if event["kind"] == "text":
-                    sys.stdout.write(event["text"])
-                    sys.stdout.flush()
-                elif event["kind"] in ("done", "error"):
-                    if event["kind"] == "done":
-                        sys.stdout.write("\n")
-                        sys.stdout.flush()
+                try:
+                    if failure is None and event["kind"] in ("text", "done"):
+                        answer(event["text"] if event["kind"] == "text" else "\n")
+                except (OutputLost, BrokenPipeError) as error:  # the conversation keeps the answer all the same
+                    failure = error
+                if event["kind"] in ("done", "error"):
+                    if failure is not None:
+                        raise failure
                     return event
 
     def wait(self, ended: Callable[[float], bool], what: str) -> bool:
@@ -198,15 +235,20 @@ def _hushed() -> Iterator[None]:
     import termios
 
     place = sys.stdin.fileno()
-    before = termios.tcgetattr(place)
-    quiet = termios.tcgetattr(place)
-    quiet[0] &= ~termios.ICRNL
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(place, termios.TCSANOW, quiet)
+    try:
+        before = termios.tcgetattr(place)
+        quiet = termios.tcgetattr(place)
+        quiet[0] &= ~termios.ICRNL
+        quiet[3] &= ~(termios.ECHO | termios.ICANON)
+        termios.tcsetattr(place, termios.TCSANOW, quiet)
+    except termios.error:  # the terminal is gone
+        yield
+        return
     try:
         yield
     finally:
-        termios.tcsetattr(place, termios.TCSANOW, before)
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(place, termios.TCSANOW, before)
 
 
 def _reading(event: dict[str, Any], pace: Pace) -> str:
