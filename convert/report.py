@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlx_gemma3.visible import one_line
+
 if TYPE_CHECKING:
     from .evaluate import Evaluation
 
@@ -77,7 +79,7 @@ class Report:
     def text(self) -> str:
         """A table for people."""
         lines = [
-            f"{self.source} → {self.out}",
+            f"{one_line(self.source)} → {one_line(self.out)}",
             f"{self.parameters / 1e6:,.1f} M parameters, {_size(self.nbytes)}, "
             f"{self.bits_per_weight:.2f} bits a weight, {self.seconds:.0f} s",
             "",

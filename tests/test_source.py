@@ -204,7 +204,7 @@ def test_a_cache_that_cannot_be_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(SourceError, match=r"tiny.gguf cannot be written: got No space left.*MLX_GEMMA3_CACHE"):
+        with pytest.raises(SourceError, match=r"tiny.gguf cannot be written: got a full disk.*MLX_GEMMA3_CACHE"):
             resolve("tiny")
     assert everything_in(tmp_path / "cache") == []
     monkeypatch.setenv("MLX_GEMMA3_CACHE", str(tmp_path / "part0"))

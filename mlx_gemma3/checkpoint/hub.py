@@ -16,11 +16,13 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, GatedSource, OfflineSource, SourceError, SourceNotFound
+from ..paths import temporary_folder
+from ..visible import visible
 from .files import CONFIG_FILES, VOCABULARIES, Plan, choose
 from .tensors import INDEX
 
@@ -52,7 +54,11 @@ class Repository:
                     revision = self.revision  # by name first, so that the library notes which commit it means
                     for stage in filter(None, plan.stages):
                         patterns = [glob.escape(name) for name in stage]
-                        known = Path(snapshot_download(self.name, revision=revision, allow_patterns=patterns))
+                        known = Path(
+                            snapshot_download(
+                                self.name, revision=revision, allow_patterns=patterns, cache_dir=library_cache()
+                            )
+                        )
                         revision = known.name
             except failures() as error:
                 again = "run it again: it goes on from the files that are whole"
@@ -68,23 +74,26 @@ class Repository:
         if info.sha is None:
             raise ValueError("an answer without a commit")
         if info.siblings is None:
-            return info.sha, list(HfApi().list_repo_files(self.name, revision=info.sha))
-        return info.sha, [sibling.rfilename for sibling in info.siblings]
+            return info.sha, _printable(HfApi().list_repo_files(self.name, revision=info.sha))
+        return info.sha, _printable(sibling.rfilename for sibling in info.siblings)
 
     def _snapshot(self, *patterns: str) -> Path | None:
         """The cached folder, whole or not; None when there is none, or the library knows that it lacks a file of
         these patterns.
         """
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
             return Path(
                 snapshot_download(
-                    self.name, revision=self.revision, local_files_only=True, allow_patterns=list(patterns)
+                    self.name,
+                    revision=self.revision,
+                    local_files_only=True,
+                    allow_patterns=list(patterns),
+                    cache_dir=library_cache(),
                 )
             )
-        except (LocalEntryNotFoundError, ValueError):
+        except failures():
             return None
 
     def _index(self, commit: str, known: Path | None) -> str:
@@ -97,13 +106,15 @@ class Repository:
 
     def _rehearse(self, commit: str, plan: Plan) -> None:
         """Ask for each file's size: refused here means refused before anything is written."""
-        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub import snapshot_download
 
         patterns = [glob.escape(name) for stage in plan.stages for name in stage]
         with quiet_library(quiet=True):
-            files = snapshot_download(self.name, revision=commit, allow_patterns=patterns, dry_run=True)
+            files = snapshot_download(
+                self.name, revision=commit, allow_patterns=patterns, dry_run=True, cache_dir=library_cache()
+            )
         need = sum(file.file_size or 0 for file in files if file.will_download)
-        cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
+        cache = library_cache().absolute()
         free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
         if need > free:
             raise _full(self.name, f"{megabytes(free)} free in {cache}", megabytes(need))
@@ -164,6 +175,8 @@ class Repository:
             if status in (401, 403):
                 return GatedSource(f"{self.name}: the Hub refuses access", got=f"HTTP {status}", do=login)
             return OfflineSource(f"{self.name} {state}", got=f"HTTP {status} from the Hub", do=do)
+        if isinstance(error, ImportError) or type(error).__name__ == "InvalidURL":
+            return OfflineSource(f"{self.name} {state}", **_about_proxies(error))
         code = getattr(error, "errno", None)
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _full(self.name, os.strerror(code))
@@ -172,11 +185,44 @@ class Repository:
                 f"{self.name}: the cache cannot be written", got=error, do="set HF_HUB_CACHE to another folder"
             )
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, ValueError) and _proxies():
+            return OfflineSource(f"{self.name} {state}", **_about_proxies(error))
         return OfflineSource(f"{self.name} {state}", got=reason, do=do)
 
 
 def _full(name: str, got: str, want: str | None = None) -> SourceError:
     return SourceError(f"{name}: the disk is full", got=got, want=want, do="free some, or move HF_HUB_CACHE")
+
+
+def _about_proxies(error: Exception) -> dict[str, str]:
+    """What to say of a proxy that cannot be used: got, and what to do."""
+    where = " or ".join(_proxies()) or "an address"
+    if isinstance(error, ImportError):
+        return {"got": f"a SOCKS proxy ({where}) and no package for it", "do": "pip install 'mlx-gemma3[socks]'"}
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return {"got": f"{where} that makes no sense ({reason})", "do": "mend or unset it"}
+
+
+def _proxies() -> list[str]:
+    """The environment's words on proxies that are set."""
+    names = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+    return [name for word in names for name in (word, word.lower()) if os.environ.get(name)]
+
+
+def library_cache() -> Path:
+    """The library's cache; a temporary folder for a user without a home, for whom it would be named `~`."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        cache = Path(HF_HUB_CACHE).expanduser()
+    except RuntimeError:
+        return temporary_folder() / "hub"
+    return cache
+
+
+def _printable(names: Iterable[str]) -> list[str]:
+    """Without files whose names a terminal would act on: the library shows them with its bars. No model needs them."""
+    return [name for name in names if visible(name) == name and "\n" not in name and "\t" not in name]
 
 
 def megabytes(size: int) -> str:
@@ -188,11 +234,14 @@ def failures() -> tuple[type[Exception], ...]:
 
     Its own errors are OSErrors. Transport errors come from httpx or httpx2, by its version, and share the first base
     of its HTTP errors. ValueError: a name or an answer that makes no sense, as from the login page of a hotel's
-    network. RuntimeError: the transfer library under it.
+    network. RuntimeError: the transfer library under it. ImportError: a SOCKS proxy, for which a package is missing.
+    InvalidURL: a proxy's address; it shares no base with the other errors of httpx.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    return (HfHubHTTPError.__bases__[0], OSError, ValueError, RuntimeError)
+    base = HfHubHTTPError.__bases__[0]
+    invalid = getattr(sys.modules.get(base.__module__.partition(".")[0]), "InvalidURL", base)
+    return (base, invalid, OSError, ValueError, RuntimeError, ImportError)
 
 
 @contextlib.contextmanager

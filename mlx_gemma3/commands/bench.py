@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import OptionError
+from ..visible import one_line
 from .inspect import amount, table
 from .terminal import Status, emit, say
 
@@ -94,7 +95,7 @@ def report(found: Benchmark) -> list[str]:
     plan, speed = found.plan, found.bandwidth
     size = f" ({found.size})" if found.size else ""
     lines = [
-        f"{found.model}{size}, {found.dtype}, KV {plan.kv_bits} bits, median of {plan.repeat} (lowest to highest)",
+        f"{one_line(found.model)}{size}, {found.dtype}, KV {plan.kv_bits} bits, median of {plan.repeat} (lowest to highest)",
         f"{speed.device}, {found.platform}, mlx-gemma3 {found.versions['mlx-gemma3']}, mlx {found.versions['mlx']}",
         f"load {found.load_seconds:.2f} s, weights {amount(found.weights)}",
         f"memory bandwidth {speed.bytes_per_second / 1e9:.0f} GB/s, {speed.source}",

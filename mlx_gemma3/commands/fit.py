@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, SourceNotFound
+from ..visible import one_line
 from .inspect import table
 from .terminal import emit, say
 
@@ -141,7 +142,11 @@ def _find(model: str, *, text_only: bool) -> Subject:
     from ..checkpoint.source import resolve
     from ..checkpoint.store import open_store
 
-    if Path(model).expanduser().exists():
+    try:
+        exists = Path(model).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL: `resolve` says which
+        exists = True
+    if exists:
         checkpoint = open_checkpoint(resolve(model, text_only=text_only), text_only=text_only)
         size = size_of(checkpoint.config)
         name = checkpoint.name + (f" ({size})" if size else "")
@@ -305,7 +310,7 @@ def one_report(about: dict[str, Any]) -> list[str]:
         verdict += "; so does the whole context"
     elif about["fits"]:
         verdict += f"; up to {tokens_text(longest)} tokens do"
-    heading = f"{about['model']}, {about['context']:,} tokens"
+    heading = f"{one_line(about['model'])}, {about['context']:,} tokens"
     lines = [_machine_line(machine), "", f"{heading}:", *table(rows, "<><"), "", f"{heading}: {verdict}"]
     if not about["fits"]:
         lines += [f"would fit: {other}" for other in remedies(about)] or ["nothing of this size would"]

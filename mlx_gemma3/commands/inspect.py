@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import TokenizerError
-from .terminal import emit, say
+from ..visible import one_line
+from .terminal import columns, emit, say
 
 if TYPE_CHECKING:
     from ..checkpoint.contents import Entry
@@ -212,7 +213,7 @@ def report(about: dict[str, Any]) -> list[str]:
     words = "chat" if about["chat"] else "base"
     settings = {name: value for name, value in about["generation"].items() if not name.endswith("token_id")}
     head = {
-        "path": about["path"],
+        "path": one_line(about["path"]),
         **({"note": textwrap.shorten(about["note"], 300, placeholder=" …")} if about["note"] else {}),
         "model": f"Gemma 3 {about['size'] or 'of another size'}, {words}, {about['format']}",
         "context": f"{about['context']:,} tokens",
@@ -227,7 +228,7 @@ def report(about: dict[str, Any]) -> list[str]:
         "chat template": about["chat_template"] or "none",
         "generation": ", ".join(f"{name} {_plain(value)}" for name, value in settings.items()) or "no settings",
     }
-    lines = [about["name"], *(f"{name:<15}{value}" for name, value in head.items()), ""]
+    lines = [one_line(about["name"]), *(f"{name:<15}{value}" for name, value in head.items()), ""]
     rows = [["part", "parameters", "bytes", "stored as"]]
     rows += [
         [row["part"], f"{row['parameters']:,}", amount(row["bytes"]), " + ".join(row["stored"])]
@@ -253,10 +254,24 @@ def _matrix_lines(matrices: dict[str, Any]) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """Rows of equal length as aligned lines; `sides` has < or > for each column."""
+    """Rows of equal length as aligned lines; `sides` has < or > for each column.
+
+    On a terminal that is too narrow for them, each row is a list: its first cell, and below it the others, named by the
+    first row.
+    """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    room = columns()
+    if room is not None and sum(widths) + 2 * (len(widths) - 1) > room:
+        heads, *rest = rows if len(rows) > 1 else [[""] * len(rows[0]), *rows]
+        return [line for row in rest for line in _listed(heads, row)]
     cells = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)] for row in rows)
     return ["  ".join(row).rstrip() for row in cells]
+
+
+def _listed(heads: Sequence[str], row: Sequence[str]) -> list[str]:
+    """A row as lines: "prompt 512", then "  tokens/s 310"."""
+    first, *others = (f"{head} {cell}".strip() for head, cell in zip(heads, row, strict=True))
+    return [first, *(f"  {other}" for other, cell in zip(others, row[1:], strict=True) if cell)]
 
 
 def amount(size: int) -> str:

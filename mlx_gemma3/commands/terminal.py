@@ -14,7 +14,7 @@ import unicodedata
 from ..visible import json_line, one_line, visible
 from .streams import leave
 
-__all__ = ["Pace", "Status", "answer", "emit", "fitted", "leave", "own", "say", "tell", "width"]
+__all__ = ["Pace", "Status", "answer", "columns", "emit", "fitted", "leave", "own", "say", "tell", "width"]
 
 BAR = 24  # places
 _AGAIN = "\r\x1b[2K"  # to the line's start, and empty it
@@ -56,14 +56,19 @@ def width() -> int:
     return max(1, shutil.get_terminal_size().columns)
 
 
-def fitted(text: str, columns: int) -> str:
+def columns() -> int | None:
+    """Columns of the terminal that reports go to; None where they go elsewhere, which takes any length."""
+    return width() if sys.stdout.isatty() else None
+
+
+def fitted(text: str, most: int) -> str:
     """One line of text that takes at most so many columns, cut at its end."""
     text, used = one_line(text), 0
     for place, character in enumerate(text):
         used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if used > columns:
+        if used > most:
             cut = text[:place]
-            return f"{cut[:-1]}…" if columns > 1 and unicodedata.east_asian_width(cut[-1:]) not in "WF" else cut
+            return f"{cut[:-1]}…" if most > 1 and unicodedata.east_asian_width(cut[-1:]) not in "WF" else cut
     return text
 
 

@@ -73,6 +73,13 @@ class Loading:
         return self._loaded
 
 
+def _exists(model: str) -> bool:
+    try:
+        return Path(model).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # what it is, `resolve` says
+        return True
+
+
 def must_be_fetched(model: str) -> bool:
     """Whether a name means a repository of which this machine has no whole copy: better fetched before the prompt,
     where its progress can be seen. A guess from the cache's folders; being wrong costs only the sight of a bar.
@@ -80,10 +87,10 @@ def must_be_fetched(model: str) -> bool:
     from ...checkpoint.source import ALIASES
 
     target = ALIASES.get(model, model)
-    if not isinstance(target, str) or not re.match(r"[\w.-]+/[\w.-]+", target) or Path(model).expanduser().exists():
+    if not isinstance(target, str) or not re.match(r"[\w.-]+/[\w.-]+", target) or _exists(model):
         return False
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from ...checkpoint.hub import library_cache
 
     owner, name = target.split("@")[0].split("/")[:2]
-    copy = Path(HF_HUB_CACHE).expanduser() / f"models--{owner}--{name}"
+    copy = library_cache() / f"models--{owner}--{name}"
     return not any(copy.glob("snapshots/*/*")) or any(copy.glob("blobs/*.incomplete"))
