@@ -95,7 +95,8 @@ def report(found: Benchmark) -> list[str]:
     plan, speed = found.plan, found.bandwidth
     size = f" ({found.size})" if found.size else ""
     lines = [
-        f"{one_line(found.model)}{size}, {found.dtype}, KV {plan.kv_bits} bits, median of {plan.repeat} (lowest to highest)",
+        f"{one_line(found.model)}{size}, "
+        f"{found.dtype}, KV {plan.kv_bits} bits, median of {plan.repeat} (lowest to highest)",
         f"{speed.device}, {found.platform}, mlx-gemma3 {found.versions['mlx-gemma3']}, mlx {found.versions['mlx']}",
         f"load {found.load_seconds:.2f} s, weights {amount(found.weights)}",
         f"memory bandwidth {speed.bytes_per_second / 1e9:.0f} GB/s, {speed.source}",

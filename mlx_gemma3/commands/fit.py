@@ -311,7 +311,7 @@ def one_report(about: dict[str, Any]) -> list[str]:
     elif about["fits"]:
         verdict += f"; up to {tokens_text(longest)} tokens do"
     heading = f"{one_line(about['model'])}, {about['context']:,} tokens"
-    lines = [_machine_line(machine), "", f"{heading}:", *table(rows, "<><"), "", f"{heading}: {verdict}"]
+    lines = [_machine_line(machine), "", f"{heading}:", *table(rows, "<><", headed=False), "", f"{heading}: {verdict}"]
     if not about["fits"]:
         lines += [f"would fit: {other}" for other in remedies(about)] or ["nothing of this size would"]
         if smaller := about["smaller"]:

@@ -253,16 +253,16 @@ def _matrix_lines(matrices: dict[str, Any]) -> list[str]:
     return lines
 
 
-def table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+def table(rows: Sequence[Sequence[str]], sides: str, *, headed: bool = True) -> list[str]:
     """Rows of equal length as aligned lines; `sides` has < or > for each column.
 
     On a terminal that is too narrow for them, each row is a list: its first cell, and below it the others, named by the
-    first row.
+    first row, if that is a head.
     """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     room = columns()
     if room is not None and sum(widths) + 2 * (len(widths) - 1) > room:
-        heads, *rest = rows if len(rows) > 1 else [[""] * len(rows[0]), *rows]
+        heads, *rest = rows if headed else [[""] * len(rows[0]), *rows]
         return [line for row in rest for line in _listed(heads, row)]
     cells = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)] for row in rows)
     return ["  ".join(row).rstrip() for row in cells]
@@ -270,7 +270,7 @@ def table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
 
 def _listed(heads: Sequence[str], row: Sequence[str]) -> list[str]:
     """A row as lines: "prompt 512", then "  tokens/s 310"."""
-    first, *others = (f"{head} {cell}".strip() for head, cell in zip(heads, row, strict=True))
+    first, *others = (" ".join(f"{head} {cell}".split()) for head, cell in zip(heads, row, strict=True))
     return [first, *(f"  {other}" for other, cell in zip(others, row[1:], strict=True) if cell)]
 
 

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import errno
-import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import StyleAndTextTuples
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input.typeahead import store_typeahead
-from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
 from prompt_toolkit.styles import Style
 
 from ...visible import one_line
+from ..streams import OutputLost
+from ..terminal import own
+from .history import private_history
+from .keyboard import Keyboard
 from .lines import SUFFIXES
 from .loading import Loading
 from .settings import KINDS
@@ -54,7 +52,7 @@ class Input:
             [("class:prompt", "› ")],
             multiline=True,
             prompt_continuation="  ",
-            history=_history(history),
+            history=private_history(history),
             completer=Completions(),
             complete_while_typing=Condition(lambda: " " not in self._prompt.default_buffer.text),  # paths: with Tab
             key_bindings=self._keys(),
@@ -64,6 +62,9 @@ class Input:
             reserve_space_for_menu=5,
             enable_suspend=True,
         )
+        place: Any = self._prompt.app.input
+        self._keyboard = Keyboard(place.vt100_parser.feed_key_callback)
+        place.vt100_parser = self._keyboard
 
     def ask(self, default: str = "", typed: bytes = b"") -> str:
         """One entry, which may be of several lines.
@@ -79,30 +80,35 @@ class Input:
         self._given = default
         if typed:
             keys: list[KeyPress] = []
-            parser = Vt100Parser(keys.append)
+            parser = Keyboard(keys.append)
             parser.feed(typed.decode("utf-8", "replace"))
-            _end_paste(parser)
+            parser.end_paste()
             parser.flush()
             store_typeahead(self._prompt.app.input, keys)
 
         def begin() -> None:
             self._prompt.app.create_background_task(self._watch())
 
-        return self._prompt.prompt(default=default, pre_run=begin)
+        try:
+            return self._prompt.prompt(default=default, pre_run=begin)
+        except SystemExit:  # a signal, which found it at work: pastes are marked still
+            with contextlib.suppress(OutputLost):
+                self._prompt.app.renderer.reset()
+                own("\n")
+            raise
 
     async def _watch(self) -> None:
         """Show that the model is ready, or end the prompt when there will be none. End a paste that has no end."""
         app, told, held = self._prompt.app, False, -1
-        parser = getattr(app.input, "vt100_parser", None)
         while True:
             if self._loading.ended() and not told:
                 told = True
                 if self._loading.failure is not None and not app.is_done:
                     app.exit(exception=self._loading.failure)
                 app.invalidate()
-            length = _pasted(parser)
+            length = self._keyboard.pasted()
             if length >= 0 and length == held:  # the terminal has sent no more of it in the meantime
-                _end_paste(parser)
+                self._keyboard.end_paste()
                 length = -1
             held = length
             await asyncio.sleep(0.1 if not told else _PASTE)
@@ -133,58 +139,6 @@ class Input:
 
     def _toolbar(self) -> StyleAndTextTuples:
         return [("", one_line(self._state()))]
-
-
-def _pasted(parser: object) -> int:
-    """Characters of a paste whose end has not come yet; -1 outside of one."""
-    return len(getattr(parser, "_paste_buffer", "")) if getattr(parser, "_in_bracketed_paste", False) else -1
-
-
-def _end_paste(parser: Any) -> None:
-    r"""Let a paste end that has begun. After `\x1b[200~` alone, keys would be text of it for ever, Ctrl-C too."""
-    if _pasted(parser) >= 0:
-        parser.feed("\x1b[201~")
-
-
-def _history(file: Path) -> History:
-    """Only the owner may read what was typed. Where the file cannot be, it is kept for this run."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _opened(file):
-            return _Private(file)
-    except OSError:
-        return InMemoryHistory()
-
-
-def _opened(file: Path) -> IO[bytes]:
-    """The history to add to: a regular file of mode 0600. Raises OSError; for a link too, which others may have put."""
-    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "no regular file")
-        os.fchmod(handle, 0o600)
-        return os.fdopen(handle, "ab")
-    except BaseException:
-        os.close(handle)
-        raise
-
-
-class _Private(FileHistory):
-    """A history whose file nobody else reads, and which is missed rather than waited for or traced."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        super().__init__(str(file))
-
-    def store_string(self, string: str) -> None:
-        lines = "".join(f"+{line}\n" for line in string.split("\n"))
-        with contextlib.suppress(OSError), _opened(self._file) as file:
-            file.write(f"\n# {datetime.datetime.now()}\n{lines}".encode("utf-8", "replace"))
-
-    def load_history_strings(self) -> Iterable[str]:
-        with contextlib.suppress(OSError):
-            return list(super().load_history_strings())
-        return []
 
 
 class Completions(Completer):
