@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from .errors import Gemma3Error
 
@@ -22,7 +22,7 @@ class NotRegular(OSError):
     """A folder, pipe, socket or device where a file was wanted: opening it could block, or never end."""
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file (or a link to one) for reading; a pipe is not waited for.
 
     Raises:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from .errors import OutputError
 from .reading import NotRegular, file_kind, open_regular
@@ -92,8 +92,8 @@ def replacing(
     *,
     mode: int = 0o600,
     follow: bool = True,
-    check: Callable[[IO[bytes] | None], object] | None = None,
-) -> Iterator[IO[bytes]]:
+    check: Callable[[BinaryIO | None], object] | None = None,
+) -> Iterator[BinaryIO]:
     """Yield a file to write (and read) that becomes `path` when the block ends well, and vanishes when it does not.
 
     Args:
@@ -139,7 +139,7 @@ def clear_abandoned(folder: Path) -> None:
                     Path(entry.path).unlink()
 
 
-def lock(file: int | IO[bytes]) -> None:
+def lock(file: int | BinaryIO) -> None:
     """Take the lock of an open file or folder, until that is closed; where a disk has no locks, do without.
 
     Raises:
@@ -159,7 +159,7 @@ def lock(file: int | IO[bytes]) -> None:
         return
 
 
-def is_at(file: int | IO[bytes], path: Path) -> bool:
+def is_at(file: int | BinaryIO, path: Path) -> bool:
     """Whether `path` still leads to this open file or folder."""
     held = os.fstat(file if isinstance(file, int) else file.fileno())
     try:
@@ -168,14 +168,14 @@ def is_at(file: int | IO[bytes], path: Path) -> bool:
         return False
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> BinaryIO:
     """A regular file that is no link."""
     if path.is_symlink():
         raise NotRegular(0, "a link", str(path))
     return open_regular(path)
 
 
-def _begin(place: Path, mode: int) -> tuple[IO[bytes], Path]:
+def _begin(place: Path, mode: int) -> tuple[BinaryIO, Path]:
     """A new temporary file beside `place`, locked."""
     while True:
         working = place.with_name(f".{place.name[:_NAME]}.{secrets.token_hex(8)}{_MARK}")
@@ -192,7 +192,7 @@ def _begin(place: Path, mode: int) -> tuple[IO[bytes], Path]:
         file.close()
 
 
-def _replace_checked(working: Path, place: Path, check: Callable[[IO[bytes] | None], object]) -> None:
+def _replace_checked(working: Path, place: Path, check: Callable[[BinaryIO | None], object]) -> None:
     """Rename, once `check` agrees with what stands there at that very moment."""
     while True:
         try:

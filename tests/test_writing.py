@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import pytest
 
@@ -118,7 +118,7 @@ def test_what_stands_there_is_checked_at_the_rename(
         monkeypatch.setattr(os, "link", link)
     path, seen = tmp_path / "x", []
 
-    def check(standing: IO[bytes] | None) -> None:
+    def check(standing: BinaryIO | None) -> None:
         seen.append(None if standing is None else standing.read())
         if seen[-1] is None and len(seen) == 1:
             path.write_bytes(b"came in between")
