@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import Gemma3Error, OptionError, PromptError
+from ..writing import check_writable
 from .terminal import leave
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def chat(
             "stop": stop or [],
         }
     )
+    session = None if session is None else check_writable(session)
     resume = session if session is not None and session.exists() else None
     if resume is not None and system is not None:
         raise OptionError("--system", got="a text for a conversation that has begun", want="none")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, PromptError
+from ..writing import check_writable
 from .terminal import Pace, Status, leave
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def generate(
     if session is not None and raw:
         raise OptionError("session", got="--raw as well", want="one or the other", do="completion has no turns")
 
+    if session is not None:
+        session = check_writable(session)
     from ..runtime.engine import Engine
 
     status = Status(not quiet and not as_json)
@@ -121,7 +124,7 @@ def generate(
             stream = talk.send(message if isinstance(message, str) else message[0]["content"], images=images, **options)
         interrupted = _print(stream, status, as_json=as_json)
         if session is not None:
-            talk.save(session)
+            talk.save(session, replace=False)
         if stats and (end := stream.next())["kind"] == "done":
             typer.echo(_stats(end["usage"]), err=True)
     if interrupted:
