@@ -134,8 +134,17 @@ def clear_abandoned(folder: Path) -> None:
         for entry in entries:
             if _PART.fullmatch(entry.name):
                 with suppress(OSError), _opened(Path(entry.path)) as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    Path(entry.path).unlink()
+                    if is_dead(file):
+                        Path(entry.path).unlink()
+
+
+def is_dead(file: int | BinaryIO) -> bool:
+    """Take the lock of an open file or folder at once. False when somebody holds it, or where a disk has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def lock(file: int | BinaryIO) -> None:
