@@ -16,7 +16,7 @@ NOTICE = f"Gemma is provided under and subject to the Gemma Terms of Use found a
 
 def write_card(folder: Path, report: Report, checkpoint: Checkpoint, command: str) -> None:
     """Write README.md, with the front matter that the Hub reads. What the source's own card says of it goes first."""
-    name = checkpoint.name
+    name = report.source
     source = read_note(checkpoint.path)
     gemma = source.license in ("", "gemma")
     repository = name.partition("@")[0]
@@ -24,7 +24,7 @@ def write_card(folder: Path, report: Report, checkpoint: Checkpoint, command: st
         "library_name: mlx",
         *(["license: gemma", f"license_link: {TERMS}"] if gemma else [f"license: {source.license}"]),
         f"pipeline_tag: {'text-generation' if checkpoint.config.vision is None else 'image-text-to-text'}",
-        *([f"base_model: {repository}"] if repository.count("/") == 1 and not Path(name).exists() else []),
+        *([f"base_model: {repository}"] if repository.count("/") == 1 and not Path(checkpoint.name).exists() else []),
         "tags: [mlx, gemma3]",
     ]
     paragraphs = [

@@ -25,11 +25,12 @@ from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.checkpoint.store import open_store
 from mlx_gemma3.checkpoint.tensors import PATCH_WEIGHT
 from mlx_gemma3.errors import OptionError
+from mlx_gemma3.visible import visible
 
 from .card import write_card
 from .evaluate import evaluate, text_ids
 from .layout import config_json, published_name
-from .output import check_free, new_folder
+from .output import check_apart, check_free, new_folder, place
 from .packing import pack
 from .plan import EMBEDDING, FLOATS, Job, check_overrides, head_scales, packable, plan
 from .recipe import make_recipe
@@ -87,10 +88,10 @@ def convert(
 
     Raises:
         OptionError: settings that do not go together or that MLX does not have.
-        OutputError: `out` is in use, or the disk is full.
+        OutputError: `out` is in use, at the start or at the end, is in or around the source, or the disk is full.
         Gemma3Error: what `load_model` would raise for the source.
     """
-    began, out = time.perf_counter(), Path(out)
+    began, named, out = time.perf_counter(), visible(str(out)), place(out)
     recipe = make_recipe(bits=bits, group_size=group_size, mode=mode, preset=preset, overrides=overrides)
     recipe = replace(recipe, search=recipe.search or search)
     said = mode != "affine" or any((bits, group_size, preset, overrides, search))
@@ -99,7 +100,9 @@ def convert(
     if dequantize and said:
         raise OptionError("dequantize", got="settings of packing as well", want="one or the other")
     check_free(out, overwrite=overwrite)
-    checkpoint = open_checkpoint(resolve(source, text_only=text_only, quiet=quiet), text_only=text_only)
+    found = resolve(source, text_only=text_only, quiet=quiet)
+    check_apart(out, [found.path])
+    checkpoint = open_checkpoint(found, text_only=text_only)
     if compare is not None:
         text_ids(checkpoint.tokenizer(), compare)  # what cannot be compared is refused now, not at the end
     store = open_store(checkpoint)
@@ -114,7 +117,7 @@ def convert(
     wanted = recipe if not dequantize and (said or checkpoint.gguf is None) else None
     jobs = plan(store, wanted, dtype, gguf=checkpoint.gguf is not None, dequantize=dequantize)
     check_overrides(recipe, jobs)
-    report = Report(source=checkpoint.name, out=str(out))
+    report = Report(source=visible(checkpoint.name), out=named)
     copies = head_scales(checkpoint, jobs)
     tensors = [tensor for job in jobs for tensor in job.tensors()]
     names = {tensor.name: published_name(tensor.name, checkpoint.config) for tensor in tensors}
@@ -157,7 +160,7 @@ def convert(
                 against=checkpoint,
                 progress=progress and (lambda what, done, total: progress(done, total, f"comparing: {what}")),
             )
-            report.comparison = replace(report.comparison, model=str(out))
+            report.comparison = replace(report.comparison, model=named)
         write_card(folder, report, checkpoint, command)
     return report
 

@@ -5,8 +5,6 @@ matplotlib is loaded when something is drawn and not before; it comes with the e
 
 from __future__ import annotations
 
-import contextlib
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_gemma3.errors import OptionError, OutputError
+from mlx_gemma3.writing import refusal, replacing
 
 from .scores import Evaluation
 
@@ -64,7 +63,6 @@ def plot(evaluation: Evaluation, path: Path) -> None:
     ]
     if not rows:
         raise OptionError("plot", got="one checkpoint", want="another as well, to compare with (against)")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with matplotlib.rc_context({"svg.hashsalt": "mlx-gemma3"}):  # the same numbers, the same bytes
         figure = Figure(figsize=(10, 3.6 * len(rows)), layout="constrained")
         figure.suptitle(f"{evaluation.model} against {evaluation.against}", fontsize="medium", wrap=True)
@@ -75,13 +73,10 @@ def plot(evaluation: Evaluation, path: Path) -> None:
             _draw_course(right, shown)
         kind = path.suffix.lower().removeprefix(".")
         try:
-            figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-            temporary.replace(path)
+            with replacing(path, mode=0o666) as file:
+                figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
         except OSError as error:
-            raise OutputError(f"{path}", got=error.strerror or error, want="a place that can be written") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            raise refusal(path, error) from None
 
 
 def _draw_histogram(axes: Axes, divergence: NDArray[np.float32]) -> None:

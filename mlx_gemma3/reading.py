@@ -12,7 +12,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from .errors import Gemma3Error
 
@@ -23,7 +23,7 @@ class NotRegular(OSError):
     """A folder, pipe, socket or device where a file was wanted: opening it could block, or never end."""
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file (or a link to one) for reading; a pipe is not waited for.
 
     Raises:
@@ -34,14 +34,15 @@ def open_regular(path: str | Path) -> IO[bytes]:
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
-            raise NotRegular(0, _kind(mode), str(path))
+            raise NotRegular(0, file_kind(mode), str(path))
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
         raise
 
 
-def _kind(mode: int) -> str:
+def file_kind(mode: int) -> str:
+    """What a file that is not regular is, by its `st_mode`."""
     if stat.S_ISDIR(mode):
         return "a folder"
     return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"

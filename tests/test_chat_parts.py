@@ -225,6 +225,14 @@ MESSAGES: list[dict[str, Any]] = [
 ]
 
 
+def test_an_export_is_for_its_owner_alone_and_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "talk.md").symlink_to("precious")
+    export.write(tmp_path / "talk.md", MESSAGES, "demo")
+    assert (tmp_path / "precious").read_text() == "mine" and "demo" in (tmp_path / "talk.md").read_text()
+    assert not (tmp_path / "talk.md").is_symlink() and (tmp_path / "talk.md").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_conversation_is_exported(tmp_path: Path) -> None:
     export.write(tmp_path / "new" / "talk.md", MESSAGES, "demo")
     assert (tmp_path / "new" / "talk.md").read_text("utf-8") == (

@@ -176,6 +176,13 @@ def test_a_file_of_the_wrong_size_is_joined_again(parts: types.ModuleType, tmp_p
     assert resolve("tiny").path.read_bytes() == WHOLE
 
 
+def test_what_a_killed_process_left_is_cleared(parts: types.ModuleType, tmp_path: Path) -> None:
+    for _ in range(2):  # before it is joined, and where it is joined already
+        write(tmp_path / "cache", {".tiny.gguf.0123456789abcdef.writing": WHOLE[:10]})
+        assert resolve("tiny").path.read_bytes() == WHOLE
+        assert everything_in(tmp_path / "cache") == ["tiny.gguf"]
+
+
 def test_the_package_is_not_installed(parts: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tiny_parts", None)
     with pytest.raises(SourceNotFound, match=r"pip install 'mlx-gemma3\[270m\]'"):

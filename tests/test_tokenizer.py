@@ -412,6 +412,16 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reads) == 2  # other content, other entry
 
 
+def test_a_cache_entry_of_a_killed_process_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_GEMMA3_CACHE", str(tmp_path / "cache"))
+    path, folder = write_json(tmp_path, small_json()), tmp_path / "cache" / "vocabularies"
+    folder.mkdir(parents=True)
+    for _ in range(2):  # when it is built, and when it is read
+        (folder / ".0000.bin.0123456789abcdef.writing").write_bytes(b"half")
+        Tokenizer.from_file(path)
+        assert [entry.suffix for entry in folder.iterdir()] == [".bin"]
+
+
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MLX_GEMMA3_CACHE", str(tmp_path / "file"))

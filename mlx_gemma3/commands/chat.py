@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import Gemma3Error, OptionError, PromptError
-from .places import session_place
+from ..writing import check_writable
 from .streams import OutputLost, was_closed
 from .terminal import leave, own
 
@@ -93,8 +93,7 @@ def chat(
     )
     if was_closed(0):
         raise PromptError("standard input", got="a closed one", want="questions")
-    if session is not None:
-        session = session_place(session)
+    session = None if session is None else check_writable(session)
     resume = session if session is not None and session.exists() else None
     if resume is not None and system is not None:
         raise OptionError("--system", got="a text for a conversation that has begun", want="none")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 
+from ..visible import visible
 from .terminal import Status, emit, say
 
 
@@ -72,24 +78,25 @@ def convert(
     def progress(done: int, total: int, name: str) -> None:
         status.bar(done, total, name.removeprefix("language_model.").removesuffix(".weight"))
 
-    report = run(
-        source,
-        out,
-        bits=bits,
-        group_size=group_size,
-        mode=mode,
-        preset=preset,
-        overrides=override or [],
-        search=search,
-        dtype=dtype,
-        dequantize=dequantize,
-        text_only=text_only,
-        overwrite=overwrite,
-        compare=text,
-        quiet=quiet or as_json,
-        command=shlex.join(["mlx-gemma3", *sys.argv[1:]]),
-        progress=progress,
-    )
+    with _leaving_nothing():
+        report = run(
+            source,
+            out,
+            bits=bits,
+            group_size=group_size,
+            mode=mode,
+            preset=preset,
+            overrides=override or [],
+            search=search,
+            dtype=dtype,
+            dequantize=dequantize,
+            text_only=text_only,
+            overwrite=overwrite,
+            compare=text,
+            quiet=quiet or as_json,
+            command=visible(shlex.join(["mlx-gemma3", *sys.argv[1:]])),
+            progress=progress,
+        )
     status.clear()
     if not as_json:
         say(report.text())
@@ -102,6 +109,30 @@ def convert(
         emit(report.to_dict() | {"url": url})
     elif url:
         say(f"\n{url}")
+
+
+@contextlib.contextmanager
+def _leaving_nothing() -> Iterator[None]:
+    """Ctrl-C, a hang-up or the request to end leave at once, and the half of a folder does not stay."""
+    from ..convert import output
+
+    def end(number: int, _: FrameType | None) -> None:
+        for name in _ENDS:
+            signal.signal(name, signal.SIG_IGN)
+        output.abandon()
+        os._exit(128 + number)
+
+    before = {name: handler for name in _ENDS if (handler := signal.getsignal(name)) not in (None, signal.SIG_IGN)}
+    for name in before:
+        signal.signal(name, end)
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _name(source: str, *, bits: int | None, mode: str, preset: str | None, dequantize: bool) -> str:

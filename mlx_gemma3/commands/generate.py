@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, PromptError
-from .places import session_place
+from ..writing import check_writable
 from .streams import WAIT, OutputLost, Piped
 from .terminal import Pace, Status, answer, emit, leave, tell
 
@@ -90,7 +90,7 @@ def generate(
     if session is not None:
         if raw:
             raise OptionError("session", got="--raw as well", want="one or the other", do="completion has no turns")
-        session = session_place(session)
+        session = check_writable(session)
 
     from ..runtime.engine import Engine
 
@@ -127,7 +127,8 @@ def generate(
             resume = session if session.exists() else None
             talk = engine.session(system=system, resume=resume)
             stream = talk.send(message if isinstance(message, str) else message[0]["content"], images=images, **options)
-        stopped = _print(stream, status, as_json=as_json, kept=None if session is None else lambda: talk.save(session))
+        kept = None if session is None else lambda: talk.save(session, replace=False)
+        stopped = _print(stream, status, as_json=as_json, kept=kept)
         if stats and (end := stream.next())["kind"] == "done":
             tell(_stats(end["usage"]))
     if stopped:

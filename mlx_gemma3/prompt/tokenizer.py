@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from typing import Any
 
 from ..errors import PromptError, TokenizerError
 from ..paths import cache_folder
+from ..writing import clear_abandoned, write_whole
 from .vocabulary import BOS, BYTE_PIECE, SPACE, added_tokens_file, is_gguf, read_vocabulary
 
 _FORMAT = b"mlx-gemma3 vocabulary 1"  # counted up whenever vocabulary.py builds something else from the same file
@@ -96,12 +95,13 @@ class Tokenizer:
             raise TokenizerError(f"{path}", got=error.strerror, want="a readable tokenizer file") from None
         with suppress(OSError):
             if (found := _Built.from_bytes(cached.read_bytes())) is not None:
+                clear_abandoned(cached.parent)
                 return cls(found)
         vocabulary = read_vocabulary(path)
         special = sorted(vocabulary.control, key=len, reverse=True)
         built = _Built(len(vocabulary.pieces), tuple(special), vocabulary.marked, vocabulary.sentencepiece())
         with suppress(OSError):
-            _write_whole(cached, built.to_bytes())
+            write_whole(cached, built.to_bytes())
         return cls(built)
 
     @property
@@ -243,16 +243,3 @@ def _content_key(path: Path) -> str:
     if path.suffix != ".json" and extra.is_file():
         digest.update(extra.read_bytes())
     return digest.hexdigest()
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename: other processes see the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -145,8 +145,7 @@ class Engine:
             return Session(self, self._thread.call(lambda host: host.new_conversation(system)))
         if system is not None:
             raise OptionError("system", got="a text for a conversation that has begun", want="none")
-        path = Path(resume)
-        return Session(self, self._thread.call(lambda host: session_file.read(path, host)))
+        return Session(self, self._thread.call(lambda host: session_file.read(resume, host)))
 
     def close(self) -> None:
         """Cancel what is in work, end the thread, free the model. Any thread, any number of times.
@@ -199,14 +198,17 @@ class Session:
         """Tokens of the conversation so far."""
         return self._thread.call(lambda host: len(self._conversation.prompt(host.processor)))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, replace: bool = True) -> None:
         """Write the conversation and its caches; `Engine.session(resume=path)` goes on from there.
+
+        Args:
+            replace: a file that this conversation was neither read from nor written to before is replaced. If False
+                it is refused. One that it was read from or written to, and that changed since, always is.
 
         Raises:
             OutputError: the file cannot be written; what was there before stays.
         """
-        target = Path(path)
-        self._thread.call(lambda host: session_file.write(target, self._conversation, host))
+        self._thread.call(lambda host: session_file.write(path, self._conversation, host, replace=replace))
 
 
 def load(

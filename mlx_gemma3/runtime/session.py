@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -40,6 +41,8 @@ class Conversation:
     exchanges: list[Exchange] = field(default_factory=list)
     features: dict[str, mx.array] = field(default_factory=dict)  # (T, D) rows of its pictures by digest
     pixels: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # (S, S, 3) of those not yet encoded
+    versions: set[str] = field(default_factory=set)  # digests of the files that it was read from or written to
+    places: set[Path] = field(default_factory=set)  # where these were
 
     def ask(
         self, said: str | Sequence[dict[str, Any]], images: Sequence[Any], processor: Processor, *, pan_and_scan: bool

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import OptionError
-from ..places import write_private
+from ...writing import refusal, write_whole
 
 Messages = Sequence[dict[str, Any]]
 
@@ -27,7 +27,11 @@ def write(path: Path, messages: Messages, model: str) -> None:
     kinds = {".md": markdown, ".json": as_json}
     if path.suffix.lower() not in kinds:
         raise OptionError(f"/export {path.name}", got=path.suffix or "no ending", want=".md or .json")
-    write_private(path, kinds[path.suffix.lower()](messages, model))
+    text = kinds[path.suffix.lower()](messages, model)
+    try:
+        write_whole(path, text.encode("utf-8", "backslashreplace"), follow=False)
+    except OSError as error:
+        raise refusal(path, error) from None
 
 
 def as_json(messages: Messages, model: str) -> str:

@@ -177,7 +177,7 @@ class Talk:
         target = file or self.file
         if target is None or (file is None and not self.changed):
             return None
-        self.session.save(target)
+        self.session.save(target, replace=file is not None)
         self.changed = False
         return target
 

@@ -149,7 +149,8 @@ def _save(talk: Talk, rest: str) -> None:
 def _load(talk: Talk, rest: str) -> None:
     file = _file("/load", rest)
     session = talk.engine.session(resume=file)
-    talk.save()
+    if talk.file is None or talk.file.resolve() != file.resolve():  # else: back to what was saved
+        talk.save()
     talk.take(session)
     talk.file = file
     talk.screen.note(f"{_turns(len(talk.turns))} in {file}{_last(talk)}")
