@@ -223,7 +223,7 @@ def test_a_session_is_tried_before_the_answer(chat_folder: Path, tmp_path: Path)
     os.mkfifo(tmp_path / "pipe")
     for place, says in (
         ("/proc/nothing/s", "No such file"), ("/dev/null", "a device"), (str(tmp_path / "pipe"), "a pipe"),
-        (str(tmp_path), "a folder"), ("~nobody-of-this-name/s", "no such user"), ("a\nb" * 200, "too long"),
+        (str(tmp_path), "a folder"), ("~nobody-of-this-name/s", "home"), ("a\nb" * 200, "too long"),
     ):  # fmt: skip
         for words, said in ((("generate", *flags, "the"), None), (("chat", *flags), "the\n")):
             more = {} if said is None else {"stdin": None, "input": said}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -86,16 +88,32 @@ class Input:
             parser.flush()
             store_typeahead(self._prompt.app.input, keys)
 
-        def begin() -> None:
-            self._prompt.app.create_background_task(self._watch())
+        pressed = False
 
+        def press(_: int, __: FrameType | None) -> None:
+            nonlocal pressed
+            pressed = True
+
+        def begin() -> None:
+            if pressed:
+                self._prompt.app.exit(exception=KeyboardInterrupt())
+            else:
+                self._prompt.app.create_background_task(self._watch())
+
+        # Ctrl-C while the prompt is put up or taken down must not fall into the middle of that; in between it is a key.
+        before = signal.signal(signal.SIGINT, press)
         try:
-            return self._prompt.prompt(default=default, pre_run=begin)
+            line = self._prompt.prompt(default=default, pre_run=begin)
+            if pressed:
+                raise KeyboardInterrupt
+            return line
         except SystemExit:  # a signal, which found it at work: pastes are marked still
             with contextlib.suppress(OutputLost):
                 self._prompt.app.renderer.reset()
                 own("\n")
             raise
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     async def _watch(self) -> None:
         """Show that the model is ready, or end the prompt when there will be none. End a paste that has no end."""
