@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..errors import SourceError, SourceNotFound
 from ..paths import cache_folder
-from .files import choose, is_gguf
+from .files import choose, is_gguf, other_file
 from .hub import Repository, megabytes
 from .tensors import INDEX
 
@@ -114,13 +114,22 @@ def _local(path: Path, text_only: bool) -> Path:
     """The folder, or the .gguf that is there or in it."""
     if path.is_file():
         if not is_gguf(path.name):
+            if (refusal := other_file(str(path), path.name)) is not None:
+                raise refusal
             raise SourceError(f"{path}", got="a file", want="a folder or a .gguf file")
         return path
     try:
         names = {entry.name for entry in path.iterdir() if entry.is_file()}
         if not names:
             raise SourceError(f"{path}", got="an empty folder", want="config.json and model*.safetensors, or a .gguf")
-        return path / choose(names, str(path), "", text_only, lambda: (path / INDEX).read_text("utf-8")).file
+
+        def text(name: str) -> str:
+            return (path / name).read_text("utf-8", "replace") if name in names else ""
+
+        return (
+            path
+            / choose(names, str(path), "", text_only, lambda: text(INDEX), lambda: text("adapter_config.json")).file
+        )
     except OSError as error:
         raise SourceError(f"{path}", got=error.strerror or error, want="a readable folder") from None
 

@@ -58,6 +58,7 @@ def chat(
     pan_and_scan: Annotated[
         bool, typer.Option("--pan-and-scan", help="Show wide and tall pictures in crops too.")
     ] = False,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 16, 8 or 4.")] = 16,
     max_context: Annotated[
@@ -85,6 +86,8 @@ def chat(
             "stop": stop or [],
         }
     )
+    if image and text_only:
+        raise OptionError("--image", got="--text-only as well", want="one or the other")
     resume = session if session is not None and session.exists() else None
     if resume is not None and system is not None:
         raise OptionError("--system", got="a text for a conversation that has begun", want="none")
@@ -92,7 +95,15 @@ def chat(
     def make_engine() -> Engine:
         from ..runtime.engine import load
 
-        return load(model, dtype=dtype, kv_bits=kv_bits, max_context=max_context, force=force, quiet=quiet or hidden)
+        return load(
+            model,
+            dtype=dtype,
+            text_only=text_only,
+            kv_bits=kv_bits,
+            max_context=max_context,
+            force=force,
+            quiet=quiet or hidden,
+        )
 
     def make_session(engine: Engine) -> Session:
         return engine.session(system=system, resume=resume)

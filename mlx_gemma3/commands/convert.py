@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import Status
+from .terminal import Status, print_notes
 
 
 def convert(
@@ -92,6 +92,7 @@ def convert(
         progress=progress,
     )
     status.clear()
+    print_notes(report.notes, quiet=quiet)
     if not as_json:
         typer.echo(report.text())
     url = None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, PromptError
-from .terminal import Pace, Status, leave
+from .terminal import Pace, Status, leave, print_notes
 
 if TYPE_CHECKING:
     from ..runtime.options import OptionValues
@@ -64,6 +64,7 @@ def generate(
         Path | None,
         typer.Option(help="Go on with the conversation in this file, and keep it there.", show_default=False),
     ] = None,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 16, 8 or 4.")] = 16,
     local_kv_bits: Annotated[int, typer.Option(help="The same for local layers, which are small.")] = 16,
@@ -83,6 +84,8 @@ def generate(
     if not images and isinstance(message, str) and not message:
         raise PromptError("prompt", got="nothing", want="words as an argument or on standard input")
 
+    if images and text_only:
+        raise OptionError("--image", got="--text-only as well", want="one or the other")
     if session is not None and raw:
         raise OptionError("session", got="--raw as well", want="one or the other", do="completion has no turns")
 
@@ -93,7 +96,7 @@ def generate(
     with Engine(
         model,
         dtype=dtype,
-        text_only=not images and session is None,
+        text_only=text_only or (not images and session is None),
         kv_bits=kv_bits,
         local_kv_bits=local_kv_bits,
         max_context=max_context,
@@ -101,6 +104,7 @@ def generate(
         quiet=quiet or as_json,
     ) as engine:
         status.clear()
+        print_notes(engine.about["notes"], quiet=quiet)
         options: OptionValues = {
             "pan_and_scan": pan_and_scan,
             "max_tokens": max_tokens,

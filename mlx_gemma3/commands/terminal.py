@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable
+
+from ..visible import visible
 
 BAR = 24  # places
 
@@ -12,6 +15,12 @@ BAR = 24  # places
 def leave(*_: object) -> None:
     """Ctrl-C where nothing can be asked to stop (a download, a load): leave without waiting for its thread."""
     os._exit(130)
+
+
+def print_notes(notes: Iterable[str], *, quiet: bool) -> None:
+    """What a person should know of a checkpoint, on stderr; nothing when quiet."""
+    for text in () if quiet else notes:
+        sys.stderr.write(f"note: {visible(text)}\n")
 
 
 class Status:
