@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError, SourceError, SourceNotFound
+from ..errors import CheckpointError, ConfigError, Gemma3Error, SourceError, SourceNotFound
 from ..reading import parse_json
 from ..visible import listed
 from .tensors import INDEX, canonical_name, is_vision
@@ -30,9 +30,9 @@ _OTHER_KINDS = (
         re.compile(r"adapter_config\.json|adapter_model.*\.(safetensors|bin)|(\d+_)?adapters\.(safetensors|npz)"),
         _MERGE,
     ),
-    ("pickled weights of PyTorch", re.compile(r"pytorch_model.*\.bin(\.index\.json)?|model.*\.bin"), _SAVE),
+    ("no weights but pickled ones of PyTorch", re.compile(r"pytorch_model.*\.bin(\.index\.json)?|model.*\.bin"), _SAVE),
     (
-        "weights in the layout of a training program",
+        "no weights but those of a training program",
         re.compile(r"consolidated.*\.(safetensors|pth|pt)|.*\.(pth|pt|ckpt)"),
         "take the model in Hugging Face's layout, which the program that wrote it can export",
     ),
@@ -142,12 +142,12 @@ def _base_of(text: str) -> str:
     return base if isinstance(base, str) else ""
 
 
-def other_file(path: str, name: str) -> CheckpointError | None:
-    """The same of a single file that was given as the model; for a model's own file, to give its folder."""
-    if name.endswith(".safetensors") and name.startswith("model"):
-        do = "give the folder that it is in"
-        return CheckpointError(path, got="one file of a model", want="a folder or a .gguf file", do=do)
-    return _other_weights(path, (name,))
+def other_file(path: str, name: str) -> Gemma3Error:
+    """What to say of a single file that was given as the model and is no .gguf."""
+    if (refusal := _other_weights(path, (name,))) is not None:
+        return refusal
+    do = "give the folder that it is in" if name.endswith(".safetensors") else ""
+    return SourceError(path, got="a file", want="a folder or a .gguf file", do=do)
 
 
 def is_gguf(name: str) -> bool:

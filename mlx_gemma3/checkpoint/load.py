@@ -204,9 +204,9 @@ def check_fit(wanted: Mapping[str, mx.array], found: Mapping[str, _Shaped], wher
 def _without_tower(missing: Set[str], extra: Set[str], wanted: Iterable[str]) -> str:
     """What is wrong when all that is wrong is the vision tower, on one side alone; else nothing."""
     if not extra and missing == {name for name in wanted if is_vision(name)}:
-        return "a vision_config, but weights that hold no vision tower"
+        return "a vision_config, but it holds no vision tower"
     if not missing and all(is_vision(name) for name in extra):
-        return "a vision tower among the weights, but no vision_config"
+        return "a vision tower among the weights, but no vision_config in config.json"
     return ""
 
 

@@ -114,9 +114,7 @@ def _local(path: Path, text_only: bool) -> Path:
     """The folder, or the .gguf that is there or in it."""
     if path.is_file():
         if not is_gguf(path.name):
-            if (refusal := other_file(str(path), path.name)) is not None:
-                raise refusal
-            raise SourceError(f"{path}", got="a file", want="a folder or a .gguf file")
+            raise other_file(str(path), path.name)
         return path
     try:
         names = {entry.name for entry in path.iterdir() if entry.is_file()}
