@@ -27,7 +27,7 @@ from mlx_gemma3.generation.loop import prefill_chunks
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.prompt.processor import Processor, Prompt
 from mlx_gemma3.prompt.tokenizer import Tokenizer
-from mlx_gemma3.prompt.vocabulary import START_OF_IMAGE
+from mlx_gemma3.prompt.vocabulary import END_OF_TURN, START_OF_IMAGE
 
 from .scores import Distance, Evaluation, Scores
 
@@ -230,12 +230,13 @@ def _picture_prompt(subject: Opened, picture: Picture) -> Prompt:
 def _greedy(subject: Opened, prompt: Prompt) -> list[int]:
     """The greedy answer, the token that ends it included."""
     model, answer = subject.model, list[int]()
+    ends = {*model.config.eos_token_ids, *([subject.tokenizer.id(END_OF_TURN)] if subject.instruct else [])}
     caches = model.make_caches()
     logits = model(np.array([prompt.tokens]), prompt.pixels, caches, last_only=True)[:, -1]
     while len(answer) < ANSWER_TOKENS:
         token = mx.argmax(logits, axis=-1).astype(mx.int32)
         answer.append(int(np.asarray(token)[0]))
-        if answer[-1] in model.config.eos_token_ids:
+        if answer[-1] in ends:
             break
         logits = model.step(token, caches)
     return answer

@@ -129,8 +129,6 @@ def test_instruct_and_generation(tmp_path: Path) -> None:
     for said, settings in (("x", {"general.name": "Gemma 3 1b It"}), ("owner/gemma-3-1b-it-gguf", {})):
         named = opened("model.gguf", settings, said)
         assert named.instruct and "by its name" in named.notes[0]
-    ended = opened("model.gguf", {"tokenizer.ggml.eot_token_id": 106})
-    assert ended.instruct and "ids that end" in ended.notes[0]
     assert opened("model.gguf", template).generation == {}
     sampling = {"general.sampling.temp": 0.7, "general.sampling.top_k": 64, "general.sampling.top_p": 0.95}
     assert opened("model.gguf", sampling).generation == {"temperature": 0.7, "top_k": 64, "top_p": 0.95}

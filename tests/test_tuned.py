@@ -157,3 +157,13 @@ def test_inspect_says_it_in_json(other: Path) -> None:
     found = json.loads(done.stdout)
     assert "is not used" in found["notes"][0] and found["chat_template"] == "chat_template.jinja"
     assert done.stderr == ""
+
+
+def test_convert_keeps_what_only_the_name_said(tmp_path: Path) -> None:
+    config = tiny.text_config()
+    for name, chat in (("gemma-3-1b-it", True), ("gemma-3-1b", False)):
+        folder = tiny.write_folder(tmp_path / name, config, tiny.random_tensors(config), style="text")
+        report = g3.convert(tiny_tokenizer.write_tokenizer(folder), tmp_path / f"{chat}-4bits", bits=4, group_size=32)
+        small = opened(tmp_path / f"{chat}-4bits", "small")
+        assert (small.instruct, small.notes) == (chat, ()) and len(report.notes) == chat
+        assert (tmp_path / f"{chat}-4bits" / "chat_template.jinja").exists() == chat

@@ -29,7 +29,7 @@ from .head import gguf_has_own_head, has_own_head
 from .packings import dtype_name, packings
 from .source import Source, resolve
 from .tensors import EMBEDDING, is_vision, read_folder
-from .tuned import find_template, gguf_ends_turns, gguf_template, judge
+from .tuned import find_template, gguf_template, judge
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
         CheckpointError: a GGUF file that is damaged.
     """
     names = [source.path.absolute().name]
-    ends_turns = False
     if source.path.is_dir():
         config = Config.from_file(source.path / "config.json")
         tied = config.tie_word_embeddings and not has_own_head(source.path)
@@ -71,9 +70,9 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
         config = gguf_config.read_config(*headers)
         tied = not gguf_has_own_head(header)
         generation = _gguf_generation(header)
-        template, ends_turns = gguf_template(header), gguf_ends_turns(header)
+        template = gguf_template(header)
         names.append(str(header.settings.get("general.name", "")))
-    instruct, notes = judge(source.name, template, names, ends_turns=ends_turns)
+    instruct, notes = judge(source.name, template, names)
     eos = dict.fromkeys((*config.eos_token_ids, *generation.get("eos_token_id", ())))
     vision = None if text_only else config.vision
     config = replace(config, eos_token_ids=tuple(eos), tie_word_embeddings=tied, vision=vision)

@@ -2,12 +2,10 @@
 
 A chat template means tuned. Google's own conversion writes one for the tuned checkpoints and none for the base ones
 (transformers 5.23, convert_gemma3_weights.py), and who tunes a base checkpoint for chat adds one. `eos_token_id`
-decides nothing against a template: a fine-tune keeps that of its base, and transformers 5 saves `1` alone. A GGUF file
-without a template is tuned when its own ids that end a text hold <end_of_turn>: llama.cpp takes that id from the
-tokenizer of the tuned checkpoints alone.
+decides nothing: a fine-tune keeps that of its base, and transformers 5 saves `1` alone.
 
-Without any of that a name with the word "it", "instruct" or "chat" means tuned (older MLX uploads hold no template),
-and the person is told. Words such as "pt" or "base" mean nothing: a folder without a template is a base checkpoint
+Without a template a name with the word "it", "instruct" or "chat" means tuned (older MLX uploads hold no template), and
+the person is told. Words such as "pt" or "base" mean nothing: a checkpoint without a template is a base checkpoint
 whatever it is called.
 """
 
@@ -17,29 +15,23 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from ..errors import ConfigError
 from ..gguf_header import GGUFHeader
 from ..prompt.template import is_own_template
 from ..reading import open_regular, read_json
 from ..visible import shortened, visible
 
-_END_OF_TURN = 106  # the id of <end_of_turn> in Gemma 3's vocabulary
 _WORDS = frozenset(("it", "instruct", "chat"))
 _FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # the first that holds one decides
 
 
-def judge(
-    name: str, template: str | None, others: Iterable[str], *, ends_turns: bool = False
-) -> tuple[bool, list[str]]:
+def judge(name: str, template: str | None, others: Iterable[str]) -> tuple[bool, list[str]]:
     """Whether the checkpoint is tuned for chat, and what a person should know of how that was decided.
 
     Args:
         name: as the user said it.
         template: its chat template, None without one.
         others: more names of it: the folder's or file's, what a GGUF calls itself.
-        ends_turns: its files say that <end_of_turn> ends a text.
     """
     shown = shortened(visible(name), 100)
     if template is not None:
@@ -47,16 +39,14 @@ def judge(
             return True, []
         return True, [
             f"the chat template of {shown} is another text than Gemma 3's own and is not used: turns are written as "
-            "Gemma 3 writes them; with --raw (raw=True) you write the whole prompt yourself"
+            "Gemma 3 writes them; with generate --raw (raw=True) you write the whole prompt yourself"
         ]
-    if not ends_turns:
-        names = (name.rstrip("/").rpartition("/")[2], *others)
-        if not _WORDS.intersection(word for one in names for word in re.split(r"[^a-z0-9]+", one.lower())):
-            return False, []
-    reason = "the ids that end its texts" if ends_turns else "its name"
+    names = (name.rstrip("/").rpartition("/")[2], *others)
+    if not _WORDS.intersection(word for one in names for word in re.split(r"[^a-z0-9]+", one.lower())):
+        return False, []
     return True, [
-        f"{shown} has no chat template: by {reason} it is tuned for chat, and turns are written as Gemma 3 writes "
-        "them; --raw (raw=True) completes text instead"
+        f"{shown} has no chat template: by its name it is tuned for chat, and turns are written as Gemma 3 writes "
+        "them; generate --raw (raw=True) completes text instead"
     ]
 
 
@@ -75,19 +65,17 @@ def find_template(folder: Path) -> tuple[str, str] | None:
     return None
 
 
+def own_template() -> str:
+    """A template that writes what `render_chat` does, for a checkpoint without one: the demo's."""
+    values = read_json(Path(__file__).resolve().parent.parent / "demo" / "chat_template.json", ConfigError)
+    text: str = values["chat_template"]
+    return text
+
+
 def gguf_template(header: GGUFHeader) -> str | None:
     """The chat template of a GGUF file."""
     template = header.settings.get("tokenizer.chat_template")
     return template if isinstance(template, str) and template.strip() else None
-
-
-def gguf_ends_turns(header: GGUFHeader) -> bool:
-    """Whether a GGUF file itself says that <end_of_turn> ends a text."""
-    ids: list[object] = []
-    for key in ("eos_token_id", "eot_token_id", "eos_token_ids"):
-        value = header.settings.get(f"tokenizer.ggml.{key}")
-        ids += value.tolist() if isinstance(value, np.ndarray) else [value]
-    return _END_OF_TURN in ids
 
 
 def _read_text(path: Path) -> str:
