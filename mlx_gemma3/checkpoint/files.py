@@ -76,12 +76,12 @@ def choose(
     towers = sorted(name for name in names if is_gguf(name) and _is_tower(name))
     ggufs = sorted(name for name in names if is_gguf(name) and not _is_tower(name))
     if wanted and wanted not in names:
-        raise SourceNotFound(f"{place}/{wanted}", got="no such file", want=", ".join(ggufs) or "a .gguf")
+        raise SourceNotFound(f"{place}/{wanted}", got="no such file", want=listed(ggufs) or "a .gguf")
     if not wanted and not weights and INDEX not in top and ggufs:
         if len(ggufs) > 1:
             raise SourceError(
                 place,
-                got=f"{len(ggufs)} .gguf files: {', '.join(ggufs)}",
+                got=f"{len(ggufs)} .gguf files: {listed(ggufs)}",
                 want="one",
                 do=f"name it, as in {place}/{ggufs[0]}, or download it and pass its path",
             )
@@ -103,7 +103,7 @@ def choose(
     if not weights:
         raise CheckpointError(place, got="no weights", want="model*.safetensors or one .gguf")
     if absent := [name for name in weights if name not in names]:
-        raise CheckpointError(f"{place}: shards that {INDEX} names", got=f"no {', '.join(absent)}", do="fetch them")
+        raise CheckpointError(f"{place}: shards that {INDEX} names", got=f"no {listed(absent)}", do="fetch them")
     return Plan((tuple(small), tuple(weights)))
 
 
