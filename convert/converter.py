@@ -19,8 +19,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_gemma3.checkpoint.contents import Entry, Packing, Store
+from mlx_gemma3.checkpoint.contents import Store
 from mlx_gemma3.checkpoint.load import open_checkpoint
+from mlx_gemma3.checkpoint.numbers import refusal, step, unpacked
 from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.checkpoint.store import open_store
 from mlx_gemma3.checkpoint.tensors import PATCH_WEIGHT
@@ -117,7 +118,7 @@ def convert(
     wanted = recipe if not dequantize and (said or checkpoint.gguf is None) else None
     jobs = plan(store, wanted, dtype, gguf=checkpoint.gguf is not None, dequantize=dequantize)
     check_overrides(recipe, jobs)
-    report = Report(source=visible(checkpoint.name), out=named)
+    report = Report(source=visible(checkpoint.name), out=named, notes=list(checkpoint.notes))
     copies = head_scales(checkpoint, jobs)
     tensors = [tensor for job in jobs for tensor in job.tensors()]
     names = {tensor.name: published_name(tensor.name, checkpoint.config) for tensor in tensors}
@@ -194,7 +195,7 @@ def _write_weights(
         for job in jobs:
             row, loss = kinds.setdefault(kind_of(job.entry.name), Row()), Loss()
             written = dict.fromkeys((tensor.name for tensor in job.tensors()), 0)
-            for arrays, piece, numbers in _pieces(store, job):
+            for arrays, piece, numbers in _pieces(store, job, report.source):
                 for name, array in arrays.items():
                     for target in targets[name]:
                         file = home[target]
@@ -221,15 +222,19 @@ def _write_weights(
     report.repacked = [(name, how, error) for name, (how, error, _) in requantised.items()]
 
 
-def _pieces(store: Store, job: Job) -> Iterator[tuple[dict[str, mx.array], tuple[float, float, float], int]]:
-    """A parameter in pieces: the arrays to write, (sum of squares, sum of squared errors, largest error), numbers."""
-    entry = job.entry
+def _pieces(
+    store: Store, job: Job, source: str
+) -> Iterator[tuple[dict[str, mx.array], tuple[float, float, float], int]]:
+    """A parameter in pieces: the arrays to write, (sum of squares, sum of squared errors, largest error), numbers.
+
+    Raises:
+        CheckpointError: NaN or infinity in the source. OptionError: numbers that the type to write cannot hold.
+    """
+    entry, count = job.entry, step(job.entry, PIECE)
     rows = entry.shape[0]
-    width = math.prod(entry.shape[1:])
-    step = rows if entry.name == PATCH_WEIGHT else max(1, PIECE // max(1, width))
-    for start in range(0, rows, step):
-        read = store.read(entry, start, min(start + step, rows))
-        original = _unpacked(read, entry, entry.packing).astype(mx.float32)
+    for start in range(0, rows, count):
+        read = store.read(entry, start, min(start + count, rows))
+        original = unpacked(read, entry, entry.packing).astype(mx.float32)
         if job.packing is None:
             arrays = {entry.name: original.astype(job.dtype)}
         elif entry.packing is not None:
@@ -238,27 +243,19 @@ def _pieces(store: Store, job: Job) -> Iterator[tuple[dict[str, mx.array], tuple
             parts = pack(original, job.packing, job.dtype, search=job.search)
             names = (entry.name, f"{job.module}.scales", f"{job.module}.biases")
             arrays = dict(zip(names, parts, strict=False))
-        errors = mx.abs(_unpacked(arrays, entry, job.packing).astype(mx.float32) - original)
+        errors = mx.abs(unpacked(arrays, entry, job.packing).astype(mx.float32) - original)
         # Row by row: one float32 sum over all numbers would be off by percents.
         sums = [*(mx.square(x).reshape(len(x), -1).sum(axis=-1).sum() for x in (original, errors)), errors.max()]
         if entry.name == PATCH_WEIGHT:
             arrays = {name: mx.contiguous(array.transpose(0, 3, 1, 2)) for name, array in arrays.items()}
-        mx.eval(*arrays.values(), *sums)
+        finite = mx.isfinite(original).all()
+        mx.eval(*arrays.values(), *sums, finite)
+        if not finite.item():
+            raise refusal(source, entry.name)
         squares, squared, largest = (float(value.item()) for value in sums)  # type: ignore[arg-type]
+        if not math.isfinite(largest):
+            raise OptionError(f"{entry.name} as {job.how}", got="numbers beyond its range", want="--dtype float32")
         yield arrays, (squares, squared, largest), original.size
-
-
-def _unpacked(arrays: dict[str, mx.array], entry: Entry, packing: Packing | None) -> mx.array:
-    """The numbers that some arrays stand for."""
-    if packing is None:
-        return arrays[entry.name]
-    path = entry.name.removesuffix(".weight")
-    scales, biases = arrays[f"{path}.scales"], arrays.get(f"{path}.biases")
-    if biases is not None:
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(
-        arrays[entry.name], scales, biases, group_size=packing.group_size, bits=packing.bits, mode=packing.mode
-    )
 
 
 def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:

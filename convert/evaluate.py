@@ -27,7 +27,7 @@ from mlx_gemma3.generation.loop import prefill_chunks
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.prompt.processor import Processor, Prompt
 from mlx_gemma3.prompt.tokenizer import Tokenizer
-from mlx_gemma3.prompt.vocabulary import START_OF_IMAGE
+from mlx_gemma3.prompt.vocabulary import END_OF_TURN, START_OF_IMAGE
 
 from .scores import Distance, Evaluation, Scores
 
@@ -54,6 +54,7 @@ class Opened:
     model: Gemma3
     tokenizer: Tokenizer
     instruct: bool  # asked about pictures in a chat; else it completes a text
+    notes: tuple[str, ...] = ()  # of the checkpoint
 
 
 def open_model(source: str | Path | Checkpoint, *, dtype: str = "auto", text_only: bool = True) -> Opened:
@@ -62,7 +63,7 @@ def open_model(source: str | Path | Checkpoint, *, dtype: str = "auto", text_onl
         source = open_checkpoint(resolve(source, text_only=text_only, quiet=True), text_only=text_only)
     model = load_model(source, dtype=dtype, text_only=text_only)
     model.fuse()
-    return Opened(source.name, model, source.tokenizer(), source.instruct)
+    return Opened(source.name, model, source.tokenizer(), source.instruct, source.notes)
 
 
 def read_text(path: Path) -> str:
@@ -96,6 +97,7 @@ def evaluate(
     window: int = 2048,
     max_tokens: int | None = None,
     dtype: str = "auto",
+    text_only: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a checkpoint on a text, and with `against` how far it is from another one.
@@ -112,6 +114,7 @@ def evaluate(
         window: tokens that are read together, without any of the text before; at most the models' positions.
         max_tokens: only the text's first ones.
         dtype: of the models that are loaded here, as in `load_model`.
+        text_only: leave vision towers out, as without `images`, which it does not go with.
         progress: called before and during the work.
 
     Raises:
@@ -128,6 +131,8 @@ def evaluate(
         raise OptionError("images", got=type(images).__name__, want="a list of pictures")
     if images and against is None:
         raise OptionError("pictures", got=len(images), want="another checkpoint as well, to compare with (against)")
+    if images and text_only:
+        raise OptionError("pictures", got=f"{len(images)} and text_only", want="one or the other")
     if not text and not images:
         raise PromptError("text", got="nothing", want="a text, or pictures", do="give a file with --text")
     subjects = []
@@ -146,6 +151,7 @@ def evaluate(
         window=window,
         words=_on_text(subjects, size, text, window, max_tokens, tell) if text else None,
         pictures=_on_pictures(subjects, size, images, tell) if images else None,
+        notes=tuple(note for subject in subjects for note in subject.notes),
     )
 
 
@@ -224,12 +230,13 @@ def _picture_prompt(subject: Opened, picture: Picture) -> Prompt:
 def _greedy(subject: Opened, prompt: Prompt) -> list[int]:
     """The greedy answer, the token that ends it included."""
     model, answer = subject.model, list[int]()
+    ends = {*model.config.eos_token_ids, *([subject.tokenizer.id(END_OF_TURN)] if subject.instruct else [])}
     caches = model.make_caches()
     logits = model(np.array([prompt.tokens]), prompt.pixels, caches, last_only=True)[:, -1]
     while len(answer) < ANSWER_TOKENS:
         token = mx.argmax(logits, axis=-1).astype(mx.int32)
         answer.append(int(np.asarray(token)[0]))
-        if answer[-1] in model.config.eos_token_ids:
+        if answer[-1] in ends:
             break
         logits = model.step(token, caches)
     return answer

@@ -69,6 +69,7 @@ class Report:
     worst: list[tuple[str, float]] = field(default_factory=list)  # relative error by parameter, largest first
     left_plain: list[str] = field(default_factory=list)  # asked to be packed, of a width that no group divides
     repacked: list[tuple[str, str, float]] = field(default_factory=list)  # GGUF types that MLX has no packing for
+    notes: list[str] = field(default_factory=list)  # how the source was understood
     seconds: float = 0.0
     comparison: Evaluation | None = None
 
@@ -132,6 +133,7 @@ class Report:
             "worst": [{"name": name, "relative_error": error} for name, error in self.worst],
             "left_plain": self.left_plain,
             "repacked": [{"name": n, "kind": kind, "relative_error": error} for n, kind, error in self.repacked],
+            "notes": self.notes,
             "seconds": self.seconds,
             "comparison": self.comparison.to_dict() if self.comparison is not None else None,
         }

@@ -72,6 +72,7 @@ class Evaluation:
     window: int  # tokens of the text that were read together
     words: Scores | None
     pictures: Scores | None
+    notes: tuple[str, ...] = ()  # how the checkpoints were understood
 
     def text(self) -> str:
         """A table for people."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from mlx_gemma3.checkpoint.files import CONFIG_FILES, VOCABULARIES
 from mlx_gemma3.checkpoint.load import Checkpoint
+from mlx_gemma3.checkpoint.tuned import find_template, gguf_template, own_template
 from mlx_gemma3.config import Config
 from mlx_gemma3.errors import TokenizerError
 from mlx_gemma3.prompt.vocabulary import (
@@ -65,6 +66,8 @@ def write_side_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     made = _vocabulary_files(checkpoint, frozenset(copied))
     if vision:
         made.update({name: _pretty(values) for name, values in picture_settings(checkpoint.config).items()})
+    if checkpoint.instruct and _template(checkpoint) is None:  # only the name said so, which the folder may not keep
+        made["chat_template.jinja"] = own_template().encode("utf-8")
     missing = {name: content for name, content in made.items() if name not in copied}
     for name, content in missing.items():
         (folder / name).write_bytes(content)
@@ -82,9 +85,9 @@ def _vocabulary_files(checkpoint: Checkpoint, copied: frozenset[str]) -> dict[st
         settings = checkpoint.gguf[0].settings
         if "tokenizer.ggml.model" not in settings:
             return {}
-        vocabulary, template = read_vocabulary(checkpoint.path), str(settings.get("tokenizer.chat_template") or "")
+        vocabulary, template = read_vocabulary(checkpoint.path), _template(checkpoint) or ""
         files["tokenizer.model"] = sentencepiece_model(vocabulary)
-        files["generation_config.json"] = _pretty(_generation(checkpoint, chat=bool(template)))
+        files["generation_config.json"] = _pretty(_generation(checkpoint, chat=checkpoint.instruct))
     else:
         present = [name for name in VOCABULARIES if name in copied]
         if not present or {"tokenizer.json", "tokenizer_config.json"} <= copied:
@@ -101,6 +104,13 @@ def _vocabulary_files(checkpoint: Checkpoint, copied: frozenset[str]) -> dict[st
     if template and checkpoint.config.vision is not None:
         files["chat_template.json"] = _pretty({"chat_template": template})  # processors look here
     return files
+
+
+def _template(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.gguf is not None:
+        return gguf_template(checkpoint.gguf[0])
+    found = find_template(checkpoint.path)
+    return found[1] if found is not None else None
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ import pytest
 import tiny
 import tiny_tokenizer
 
+# A chat template that writes Gemma 3's own turns.
+TEMPLATE = Path(__file__).resolve().parent.parent / "mlx_gemma3" / "demo" / "chat_template.json"
 PICTURES = Path(__file__).resolve().parent.parent / "examples" / "pictures"
 
 
@@ -26,7 +27,7 @@ def _write(folder: Path, config: dict, *, chat: bool) -> Path:
     tiny.write_folder(folder, config, tiny.random_tensors(config, seed=4))
     tiny_tokenizer.write_tokenizer(folder)
     if chat:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "…"}), encoding="utf-8")
+        shutil.copy(TEMPLATE, folder / "tokenizer_config.json")
     return folder
 
 

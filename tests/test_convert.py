@@ -26,7 +26,7 @@ from mlx_gemma3.convert import Report, converter
 from mlx_gemma3.convert.layout import config_json
 from mlx_gemma3.convert.recipe import MODES, make_recipe, packing
 from mlx_gemma3.convert.writer import Planned, split
-from mlx_gemma3.errors import Gemma3Error, OptionError, OutputError
+from mlx_gemma3.errors import CheckpointError, Gemma3Error, OptionError, OutputError
 
 TOKENS = [[2, 5, 9, 30, 77, 105]]
 PICTURE = [[2, 500, 502, 502, 502, 502, 501, 9]]
@@ -350,3 +350,48 @@ def test_bad_input_is_one_line(tmp_path: Path, chat_folder: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(Gemma3Error):
         g3.convert(tmp_path / "none.gguf", tmp_path / "out")
+
+
+BEYOND = "language_model.layers.8.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: drop(tensors, "layers.5.mlp"), "3 missing (language_model.layers.5.mlp.down_proj.weight"),
+        (lambda tensors: drop(tensors, "language_model.norm"), "1 missing (language_model.norm.weight)"),
+        (lambda tensors: {**tensors, BEYOND: np.zeros((128, 64), np.float32)}, f"1 unknown ({BEYOND})"),
+        (lambda tensors: {**tensors, **wider(tensors)}, "up_proj.weight: got shape (160, 64), want (128, 64)"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "group_size": 32}, {"dequantize": True}])
+def test_a_gguf_file_that_is_not_the_whole_model_makes_nothing(
+    change: Any, words: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    config = tiny.text_config()
+    path = tiny_gguf.write_gguf(tmp_path / "holes.gguf", config, change(tiny.random_tensors(config)))
+    for call in (lambda: g3.convert(path, tmp_path / "out", **options), lambda: g3.load_model(path)):
+        with pytest.raises(CheckpointError) as caught:
+            call()
+        assert words in str(caught.value) and str(path) in str(caught.value)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def drop(tensors: tiny.Tensors, part: str) -> tiny.Tensors:
+    return {name: values for name, values in tensors.items() if part not in name}
+
+
+def wider(tensors: tiny.Tensors) -> tiny.Tensors:
+    name = "language_model.layers.0.mlp.up_proj.weight"
+    return {name: np.concatenate([tensors[name], tensors[name][:32]])}
+
+
+def test_numbers_that_the_type_cannot_hold_are_refused(tmp_path: Path) -> None:
+    config = tiny.text_config()
+    tensors = tiny.random_tensors(config)
+    tensors["language_model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+    folder = tiny.write_folder(tmp_path / "wide", config, tensors, style="text")
+    tiny_tokenizer.write_tokenizer(folder)
+    with pytest.raises(OptionError, match=r"1\.mlp\.up_proj\.weight as float16: got numbers beyond its range"):
+        g3.convert(folder, tmp_path / "out", dequantize=True, dtype="float16")
+    assert list(tmp_path.iterdir()) == [folder]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_gguf
+from conftest import TEMPLATE
 
 from mlx_gemma3.checkpoint import gguf_config
 from mlx_gemma3.checkpoint.load import open_checkpoint
@@ -116,12 +118,17 @@ def test_instruct_and_generation(tmp_path: Path) -> None:
         path = tiny_gguf.write_gguf(tmp_path / name, TEXT, tiny.random_tensors(TEXT), settings=settings)
         return open_checkpoint(Source(said, path))
 
-    template = {"tokenizer.chat_template": "{{ bos_token }}"}
-    assert not opened("gemma-3-1b-it.gguf", {}).instruct
-    assert opened("gemma-3-1b-it.gguf", template).instruct
-    assert not opened("gemma-3-1b-pt-Q4_0.gguf", template).instruct
-    assert not opened("model.gguf", template | {"general.name": "Gemma 3 1b Pt"}).instruct
-    assert not opened("model.gguf", template, "owner/gemma-3-1b-pt-gguf").instruct
+    template = {"tokenizer.chat_template": json.loads(TEMPLATE.read_text())["chat_template"]}
+    for name in ("gemma-3-1b-it.gguf", "gemma-3-1b-pt-Q4_0.gguf", "gemma-3-base.gguf"):
+        checkpoint = opened(name, template | {"general.name": "Knowledge Base Bot"})
+        assert checkpoint.instruct and not checkpoint.notes, name
+    other = opened("model.gguf", {"tokenizer.chat_template": "{{ bos_token }}"})
+    assert other.instruct and "not used" in other.notes[0]
+    for settings in ({}, {"general.name": "Gemma 3 270m"}, {"tokenizer.chat_template": " "}):
+        assert (opened("model.gguf", settings).instruct, opened("model.gguf", settings).notes) == (False, ()), settings
+    for said, settings in (("x", {"general.name": "Gemma 3 1b It"}), ("owner/gemma-3-1b-it-gguf", {})):
+        named = opened("model.gguf", settings, said)
+        assert named.instruct and "by its name" in named.notes[0]
     assert opened("model.gguf", template).generation == {}
     sampling = {"general.sampling.temp": 0.7, "general.sampling.top_k": 64, "general.sampling.top_p": 0.95}
     assert opened("model.gguf", sampling).generation == {"temperature": 0.7, "top_k": 64, "top_p": 0.95}

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+import tiny
+import tiny_gguf
+from endless import endless
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import mlx_gemma3 as g3
-from mlx_gemma3.errors import ClosedError, OptionError, PromptError, SourceNotFound
+from mlx_gemma3.errors import CheckpointError, ClosedError, OptionError, PromptError, SourceNotFound
+from mlx_gemma3.runtime import timeline
 from mlx_gemma3.runtime.answer import StopStrings
 
 
@@ -236,3 +243,114 @@ def test_stop_strings_end_an_answer_across_token_borders(base: g3.Engine) -> Non
     reply = base.generate("the", max_tokens=60, temperature=1.5, seed=seed, stop=["\0", stop])
     assert reply.text == whole.text[: whole.text.find(stop)] and reply.finish_reason == "stop"
     assert len(reply.tokens) < 60 and reply.tokens == whole.tokens[: len(reply.tokens)]
+
+
+Says = Callable[[list[int]], None]
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Says:
+    """Make every model write these ids, and then zeros."""
+
+    def says(ids: list[int]) -> None:
+        def write(*_: object, max_tokens: int, **__: object) -> Iterator[int]:
+            yield from [*ids, *[0] * max_tokens][:max_tokens]
+
+        monkeypatch.setattr(timeline.Timeline, "write", write)
+
+    return says
+
+
+def ids_of(folder: Path, text: str) -> list[int]:
+    return g3.Tokenizer.from_folder(folder).encode(text)
+
+
+def test_end_of_turn_ends_an_answer_of_a_chat_whatever_the_settings_say(
+    chat_folder: Path, tmp_path: Path, says: Says
+) -> None:
+    folder = tmp_path / "saved-by-transformers-5"
+    shutil.copytree(chat_folder, folder)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["eos_token_id"] = config["text_config"]["eos_token_id"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with g3.load(folder) as engine:
+        says(ids_of(folder, "the model<end_of_turn>is"))
+        session = engine.session()
+        for reply in (
+            engine.generate("hi", max_tokens=20),
+            engine.generate([{"role": "user", "content": "hi"}], max_tokens=20),
+            session.send("hi", max_tokens=20).reply,
+        ):
+            assert (reply.text, reply.finish_reason) == ("the model", "stop")
+        raw = engine.generate("hi", raw=True, max_tokens=20)
+        assert raw.text == "the modelis" and raw.finish_reason == "length"
+        assert session.messages[-1]["content"] == "the model"
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text"),
+    [
+        ("the model<end_of_turn>is", "<end_of_turn>", "the model"),
+        ("the model<start_of_image>is", "<start_of_image>", "the model"),
+        ("the model<start_of_turn>\nis", "<start_of_turn>\n", "the model"),
+        ("the model<start_of_turn>user", ["is", "<start_of_turn>user"], "the model"),
+        ("the<unk>model<start_of_turn>is", ["model<start_of_turn>"], "the"),
+        ("the <start_of_turn>model is", ["<start_of_turn>user", "is"], "the model "),
+    ],
+)
+def test_control_tokens_in_stop_strings(
+    text_folder: Path, tmp_path: Path, says: Says, said: str, stop: str, text: str
+) -> None:
+    folder = endless(text_folder, tmp_path)
+    says(ids_of(folder, said))
+    with g3.load(folder) as engine:
+        reply = engine.generate("the", stop=stop, max_tokens=30)
+    assert (reply.text, reply.finish_reason) == (text, "stop")
+
+
+def test_a_stop_string_is_found_in_characters_and_after_bytes_too(
+    base: g3.Engine, text_folder: Path, says: Says
+) -> None:
+    tokenizer = g3.Tokenizer.from_folder(text_folder)
+    typed = tokenizer.encode("the <end_of_turn> is", special=False)
+    says(typed)
+    assert base.generate("the", stop="<end_of_turn>", max_tokens=60).text == "the "
+    bytes_of = [tokenizer.id(f"<0x{byte:02X}>") for byte in "ž".encode()]
+    says([*bytes_of, tokenizer.id("<start_of_image>"), *typed])
+    assert base.generate("the", stop="<start_of_image>", max_tokens=60).text == "ž"
+
+
+def with_number(folder: Path, name: str, target: Path, number: float) -> Path:
+    """A copy with this number in a tensor."""
+    shutil.copytree(folder, target)
+    weights = dict(mx.load(str(target / "model.safetensors")).items())  # type: ignore[union-attr]
+    weights[name][..., 0] = number
+    mx.save_safetensors(str(target / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return target
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layer", ["layers.3.mlp.down_proj", "norm", "layers.7.self_attn.q_norm"])
+def test_weights_that_are_not_finite_are_named(layer: str, number: float, chat_folder: Path, tmp_path: Path) -> None:
+    folder = with_number(chat_folder, f"language_model.model.{layer}.weight", tmp_path / "broken", number)
+    wanted = rf"language_model\.{layer}\.weight: got NaN or infinity"
+    with g3.load(folder) as engine:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=wanted):
+                engine.generate("hi", max_tokens=3)
+        with pytest.raises(CheckpointError, match=wanted):
+            _ = engine.session().send("hi", max_tokens=3).reply
+    for options in ({"bits": 4, "group_size": 32}, {"dequantize": True}):
+        with pytest.raises(CheckpointError, match=wanted):
+            g3.convert(folder, tmp_path / "out", **options)  # type: ignore[arg-type]
+        assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_gguf_file_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    tensors = tiny.random_tensors(tiny.text_config())
+    tensors["language_model.layers.2.input_layernorm.weight"][3] = float("nan")
+    path = tiny_gguf.write_gguf(tmp_path / "broken.gguf", tiny.text_config(), tensors)
+    with pytest.raises(CheckpointError, match=r"layers\.2\.input_layernorm\.weight: got NaN"):
+        g3.convert(path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path]

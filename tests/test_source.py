@@ -120,6 +120,48 @@ def test_names_that_lead_nowhere(name: str, words: list[str], monkeypatch: pytes
     assert "\n" not in str(caught.value)
 
 
+PEFT = b'{"base_model_name_or_path": "google/gemma-3-4b-it"}'
+MLX_LM = b'{"model": "mlx-community/g"}'
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            {"adapter_config.json": PEFT, "adapter_model.safetensors": b""},
+            ["a LoRA adapter of google/gemma-3-4b-it (adapter", "merge it into its base model first"],
+        ),
+        (
+            {"adapter_config.json": MLX_LM, "adapters.safetensors": b"", "0000100_adapters.safetensors": b""},
+            ["a LoRA adapter of mlx-community/g", "mlx_lm.fuse"],
+        ),
+        ({"adapter_config.json": b"{", "adapter_model.bin": b"", **SMALL}, ["a LoRA adapter (a", "merge_and_unload"]),
+        ({**SMALL, "pytorch_model.bin": b""}, ["no weights but pickled ones of PyTorch", "save_pretrained()"]),
+        ({**SMALL, "pytorch_model-00001-of-00002.bin": b"", "pytorch_model.bin.index.json": b""}, ["pickled"]),
+        ({**SMALL, "consolidated.safetensors": b""}, ["no weights but those of a training program (consolidated."]),
+        ({"consolidated.00.pth": b"", "params.json": b""}, ["those of a training program", "Hugging Face's layout"]),
+    ],
+)
+def test_weights_of_another_kind_are_called_what_they_are(
+    tmp_path: Path, files: dict[str, bytes], words: list[str]
+) -> None:
+    write(tmp_path, files)
+    with pytest.raises(CheckpointError) as caught:
+        resolve(tmp_path)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+    for name in files:
+        if name.endswith((".safetensors", ".bin", ".pth")):
+            with pytest.raises(CheckpointError, match=r"LoRA|pickled|training program"):
+                resolve(tmp_path / name)
+
+
+def test_what_stands_beside_a_model_does_not_matter(tmp_path: Path) -> None:
+    others = {"adapter_config.json": b"{}", "pytorch_model.bin": b"", "consolidated.safetensors": b""}
+    write(tmp_path, {**SMALL, **others, "model.safetensors": b""})
+    assert resolve(tmp_path).path == tmp_path
+
+
 def test_a_file_of_another_kind_and_a_path_object(tmp_path: Path) -> None:
     write(tmp_path, {"model.safetensors": b""})
     with pytest.raises(SourceError, match=r"want a folder or a \.gguf file"):

@@ -6,17 +6,37 @@ Knows names and the index of shards; opens no weights, knows nothing of the netw
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError, SourceError, SourceNotFound
+from ..errors import CheckpointError, ConfigError, Gemma3Error, SourceError, SourceNotFound
+from ..reading import parse_json
+from ..visible import listed
 from .tensors import INDEX, canonical_name, is_vision
 
 CONFIG_FILES = (
     "config.json generation_config.json preprocessor_config.json processor_config.json added_tokens.json "
     "tokenizer_config.json special_tokens_map.json chat_template.json chat_template.jinja"
 ).split()
+_LORA = "a LoRA adapter"
+_MERGE = "merge it into its base model first: PEFT's merge_and_unload() and save_pretrained(), or mlx_lm.fuse"
+_SAVE = "load it with transformers and save it again: save_pretrained() writes model.safetensors"
+# Weights that are no model by themselves, or of a format that is not read: what they are, their names, what to do.
+_OTHER_KINDS = (
+    (
+        _LORA,
+        re.compile(r"adapter_config\.json|adapter_model.*\.(safetensors|bin)|(\d+_)?adapters\.(safetensors|npz)"),
+        _MERGE,
+    ),
+    ("no weights but pickled ones of PyTorch", re.compile(r"pytorch_model.*\.bin(\.index\.json)?|model.*\.bin"), _SAVE),
+    (
+        "no weights but those of a training program",
+        re.compile(r"consolidated.*\.(safetensors|pth|pt)|.*\.(pth|pt|ckpt)"),
+        "take the model in Hugging Face's layout, which the program that wrote it can export",
+    ),
+)
 # One is enough, the first that is there: the JSON is 33 MB of the same vocabulary.
 VOCABULARIES = ("tokenizer.model", "tokenizer.json")
 
@@ -32,27 +52,36 @@ class Plan:
         return [name for stage in self.stages for name in stage if not (folder / name).is_file()]
 
 
-def choose(names: Collection[str], place: str, wanted: str, text_only: bool, index: Callable[[], str]) -> Plan:
+def choose(
+    names: Collection[str],
+    place: str,
+    wanted: str,
+    text_only: bool,
+    index: Callable[[], str],
+    adapter: Callable[[], str] = lambda: "",
+) -> Plan:
     """Choose among the files of a place.
 
-    Safetensors before GGUF, of those the ones that `tensors.shards` reads; `index` gives the text of the index.
+    Safetensors before GGUF, of those the ones that `tensors.shards` reads; `index` gives the text of the index,
+    `adapter` that of an adapter_config.json, where it is at hand.
 
     Raises:
         SourceNotFound: `wanted`, a .gguf by name, is not there.
         SourceError: no safetensors, and more than one .gguf.
-        ConfigError: no config.json. CheckpointError: no weights, or shards of the index missing.
+        ConfigError: no config.json. CheckpointError: no weights, those of an adapter or of a format that is not read,
+            or shards of the index missing.
     """
     top = {name for name in names if "/" not in name}
     weights = sorted(name for name in top if name.startswith("model") and name.endswith(".safetensors"))
     towers = sorted(name for name in names if is_gguf(name) and _is_tower(name))
     ggufs = sorted(name for name in names if is_gguf(name) and not _is_tower(name))
     if wanted and wanted not in names:
-        raise SourceNotFound(f"{place}/{wanted}", got="no such file", want=", ".join(ggufs) or "a .gguf")
+        raise SourceNotFound(f"{place}/{wanted}", got="no such file", want=listed(ggufs) or "a .gguf")
     if not wanted and not weights and INDEX not in top and ggufs:
         if len(ggufs) > 1:
             raise SourceError(
                 place,
-                got=f"{len(ggufs)} .gguf files: {', '.join(ggufs)}",
+                got=f"{len(ggufs)} .gguf files: {listed(ggufs)}",
                 want="one",
                 do=f"name it, as in {place}/{ggufs[0]}, or download it and pass its path",
             )
@@ -61,6 +90,8 @@ def choose(names: Collection[str], place: str, wanted: str, text_only: bool, ind
         beside = [name for name in towers if name.rpartition("/")[0] == wanted.rpartition("/")[0]]
         beside.sort(key=lambda name: [kind not in name.lower() for kind in ("bf16", "f32", "f16")])  # as gguf.py
         return Plan((tuple(beside[: not text_only]), (wanted,)), wanted)
+    if not weights and INDEX not in top and (refusal := _other_weights(place, top, adapter)) is not None:
+        raise refusal
     if "config.json" not in top:
         raise ConfigError(place, got="no config.json", want="a model's folder: config.json and model*.safetensors")
     small = [name for name in (*CONFIG_FILES, INDEX) if name in top]
@@ -72,7 +103,7 @@ def choose(names: Collection[str], place: str, wanted: str, text_only: bool, ind
     if not weights:
         raise CheckpointError(place, got="no weights", want="model*.safetensors or one .gguf")
     if absent := [name for name in weights if name not in names]:
-        raise CheckpointError(f"{place}: shards that {INDEX} names", got=f"no {', '.join(absent)}", do="fetch them")
+        raise CheckpointError(f"{place}: shards that {INDEX} names", got=f"no {listed(absent)}", do="fetch them")
     return Plan((tuple(small), tuple(weights)))
 
 
@@ -85,6 +116,38 @@ def _shards(index: str, place: str, text_only: bool) -> list[str]:
         raise CheckpointError(
             f"{place}: {INDEX}", got="a broken index", want="weight_map", do="fetch it again"
         ) from None
+
+
+def _other_weights(
+    place: str, names: Collection[str], adapter: Callable[[], str] = lambda: ""
+) -> CheckpointError | None:
+    """What to say of a place whose weights are of a kind that is not read; None where there are none of these."""
+    for kind, pattern, do in _OTHER_KINDS:
+        if found := [name for name in names if pattern.fullmatch(name)]:
+            if kind == _LORA and (base := _base_of(adapter())):
+                kind = f"{kind} of {base}"
+            return CheckpointError(
+                place, got=f"{kind} ({listed(found)})", want="config.json and model*.safetensors, or one .gguf", do=do
+            )
+    return None
+
+
+def _base_of(text: str) -> str:
+    """The model that an adapter_config.json of PEFT or mlx-lm names; nothing where it names none."""
+    try:
+        values = parse_json(text, "adapter_config.json", CheckpointError)
+    except CheckpointError:
+        return ""
+    base = (values.get("base_model_name_or_path") or values.get("model")) if isinstance(values, dict) else None
+    return base if isinstance(base, str) else ""
+
+
+def other_file(path: str, name: str) -> Gemma3Error:
+    """What to say of a single file that was given as the model and is no .gguf."""
+    if (refusal := _other_weights(path, (name,))) is not None:
+        return refusal
+    do = "give the folder that it is in" if name.endswith(".safetensors") else ""
+    return SourceError(path, got="a file", want="a folder or a .gguf file", do=do)
 
 
 def is_gguf(name: str) -> bool:

@@ -134,6 +134,8 @@ class GGUFStore:
             names = _canonical_names(part, config)
             for tensor in part.tensors:
                 name, kind = names[tensor.name], kinds[tensor.kind]
+                if name == "lm_head.weight" and config.tie_word_embeddings:  # a copy of the embedding: head.py
+                    continue
                 if name in self._places:
                     raise CheckpointError(f"{part.path}: {tensor.name}", got="two of them", want="each tensor once")
                 self._places[name] = _Place(part.path, tensor, kind)

@@ -1,17 +1,17 @@
 """A checkpoint: its config, generation settings and tokenizer, and the model with its weights in place.
 
 Owns what is strict about loading: every tensor of the model is there once, in its shape, and nothing else; a module is
-quantised exactly when it has scales. Files and names belong to tensors.py and gguf.py, finding them to source.py.
+quantised exactly when it has scales (packings.py). Files and names belong to tensors.py and gguf.py, finding them to
+source.py, what is decided by looking into them to tuned.py and head.py.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,16 +24,12 @@ from ..model.gemma3 import Gemma3
 from ..prompt.tokenizer import Tokenizer
 from ..visible import listed
 from . import gguf, gguf_config
+from .contents import Entry
+from .head import gguf_has_own_head, has_own_head
+from .packings import dtype_name, packings
 from .source import Source, resolve
-from .tensors import EMBEDDING, canonical_name, is_vision, read_folder
-
-# MLX's packings: bits, group sizes. Affine has floating scales and biases, the others scales of one byte.
-_MODES: Mapping[str, tuple[frozenset[int], frozenset[int]]] = {
-    "affine": (frozenset((1, 2, 3, 4, 5, 6, 8)), frozenset((32, 64, 128))),
-    "mxfp4": (frozenset((4,)), frozenset((32,))),
-    "mxfp8": (frozenset((8,)), frozenset((32,))),
-    "nvfp4": (frozenset((4,)), frozenset((16,))),
-}
+from .tensors import EMBEDDING, is_vision, read_folder
+from .tuned import find_template, gguf_template, judge
 
 
 @dataclass(frozen=True)
@@ -42,10 +38,11 @@ class Checkpoint:
 
     name: str  # as the user said it
     path: Path  # a folder, or a .gguf file
-    config: Config  # eos_token_ids includes those of the generation settings; vision is None when text_only
+    config: Config  # eos_token_ids with those of the generation settings; tied as head.py says; no vision if text_only
     generation: Mapping[str, Any]  # generation_config.json, its known settings checked; nothing that is null
-    instruct: bool  # tuned for chat: has a template, and is not named pt or base
+    instruct: bool  # tuned for chat: see tuned.py
     text_only: bool = False
+    notes: tuple[str, ...] = ()  # sentences for whoever loads it
     gguf: tuple[GGUFHeader, GGUFHeader | None] | None = field(default=None, repr=False, compare=False)
 
     def tokenizer(self) -> Tokenizer:
@@ -54,34 +51,39 @@ class Checkpoint:
 
 
 def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
-    """Read the settings of a resolved source, and no weights.
+    """Read the settings of a resolved source; of the weights only a head and embedding that might be the same.
 
     Raises:
         ConfigError: not Gemma 3, or settings that this package does not compute.
         CheckpointError: a GGUF file that is damaged.
     """
-    names = [source.name.rpartition("/")[2], source.path.name]
+    names = [source.path.absolute().name]
     if source.path.is_dir():
         config = Config.from_file(source.path / "config.json")
+        tied = config.tie_word_embeddings and not has_own_head(source.path)
         generation = _read_generation(source.path / "generation_config.json")
-        headers, template = None, _has_template(source.path)
+        headers, found = None, find_template(source.path)
+        template = found[1] if found is not None else None
     else:
         header = GGUFHeader.read(source.path)
         headers = (header, None if text_only else gguf_config.find_projector(header))
         config = gguf_config.read_config(*headers)
+        tied = not gguf_has_own_head(header)
         generation = _gguf_generation(header)
-        template = bool(header.settings.get("tokenizer.chat_template"))
+        template = gguf_template(header)
         names.append(str(header.settings.get("general.name", "")))
-    words = {word for name in names for word in re.split(r"[^a-z0-9]+", name.lower())}
+    instruct, notes = judge(source.name, template, names)
     eos = dict.fromkeys((*config.eos_token_ids, *generation.get("eos_token_id", ())))
-    config = replace(config, eos_token_ids=tuple(eos), vision=None if text_only else config.vision)
+    vision = None if text_only else config.vision
+    config = replace(config, eos_token_ids=tuple(eos), tie_word_embeddings=tied, vision=vision)
     return Checkpoint(
         name=source.name,
         path=source.path,
         config=config,
         generation=generation,
-        instruct=template and not words & {"pt", "base"},
+        instruct=instruct,
         text_only=text_only,
+        notes=tuple(notes),
         gguf=headers,
     )
 
@@ -113,7 +115,9 @@ def load_model(
         tensors = read_folder(source.path, config, text_only=text_only)
     else:
         header, projector = source.gguf
-        tensors = gguf.read_tensors(header, None if text_only else projector, config, target)
+        projector = None if text_only else projector
+        check_entries(config, gguf.GGUFStore(header, projector, config).entries, source.path)
+        tensors = gguf.read_tensors(header, projector, config, target)
     model = fitted_model(config, tensors, where=source.path)
     late = late_embedding and target == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
     model.load_weights(
@@ -145,11 +149,42 @@ def fitted_model(config: Config, tensors: Mapping[str, mx.array], *, where: Path
         CheckpointError: tensors missing or unknown, or of a wrong shape or type.
     """
     model = Gemma3(config)
-    packings = dict(_packings(model, tensors, model.config.quantization, where))
-    if packings:
-        nn.quantize(model, class_predicate=lambda path, _: packings.get(path, False))
+    packed = dict(packings(model, tensors, model.config.quantization, where))
+    if packed:
+        nn.quantize(model, class_predicate=lambda path, _: packed.get(path, False))
     wanted: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    missing, extra = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    check_fit(wanted, tensors, where)
+    for name, want in wanted.items():
+        got = tensors[name]
+        if mx.issubdtype(want.dtype, mx.floating) != mx.issubdtype(got.dtype, mx.floating):
+            raise CheckpointError(f"{where}: {name}", got=dtype_name(got.dtype), want=dtype_name(want.dtype))
+    return model
+
+
+def check_entries(config: Config, entries: Sequence[Entry], where: Path) -> None:
+    """Hold what a file's header lists against the model of this config, before anything is read.
+
+    Raises:
+        CheckpointError: parameters missing or unknown, or of a wrong shape.
+    """
+    wanted: dict[str, mx.array] = dict(tree_flatten(Gemma3(config).parameters()))
+    check_fit(wanted, {entry.name: entry for entry in entries}, where)
+
+
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_fit(wanted: Mapping[str, mx.array], found: Mapping[str, _Shaped], where: Path) -> None:
+    """Names and shapes of all that the model has, and nothing else.
+
+    Raises:
+        CheckpointError: some are missing or unknown, or one has another shape.
+    """
+    missing, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    if (missing or extra) and (wrong := _without_tower(missing, extra, wanted)):
+        raise CheckpointError(f"{where}", got=wrong, do="load its words alone with --text-only (text_only=True)")
     if missing or extra:
         raise CheckpointError(
             f"{where}: tensors",
@@ -159,97 +194,19 @@ def fitted_model(config: Config, tensors: Mapping[str, mx.array], *, where: Path
                 if names
             ),
             want=f"the {len(wanted)} of this config",
-            do=_hint(missing, extra, wanted),
         )
     for name, want in wanted.items():
-        got = tensors[name]
-        if got.shape != want.shape:
-            raise CheckpointError(f"{where}: {name}", got=f"shape {got.shape}", want=want.shape)
-        if mx.issubdtype(want.dtype, mx.floating) != mx.issubdtype(got.dtype, mx.floating):
-            raise CheckpointError(f"{where}: {name}", got=_named(got.dtype), want=_named(want.dtype))
-    return model
+        if found[name].shape != want.shape:
+            raise CheckpointError(f"{where}: {name}", got=f"shape {found[name].shape}", want=want.shape)
 
 
-def _hint(missing: set[str], extra: set[str], wanted: Mapping[str, mx.array]) -> str:
+def _without_tower(missing: Set[str], extra: Set[str], wanted: Iterable[str]) -> str:
+    """What is wrong when all that is wrong is the vision tower, on one side alone; else nothing."""
     if not extra and missing == {name for name in wanted if is_vision(name)}:
-        return "it holds no vision tower: load it as text only"
+        return "a vision_config, but it holds no vision tower"
     if not missing and all(is_vision(name) for name in extra):
-        return "config.json has no vision_config: load it as text only"
+        return "a vision tower among the weights, but no vision_config in config.json"
     return ""
-
-
-def _packings(
-    model: Gemma3, tensors: Mapping[str, mx.array], quantization: Mapping[str, Any] | None, where: Path
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(module path, arguments of to_quantized) for each module that has scales.
-
-    Bits and group follow from the shapes; what config.json says of them, for all or for one module, must agree.
-    """
-    said = dict(quantization or {})
-    entries = {
-        canonical_name(f"{name}.weight").removesuffix(".weight"): entry
-        for name, entry in said.items()
-        if isinstance(entry, Mapping | bool)
-    }
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding):
-            continue
-        entry, packed = entries.get(path), f"{path}.scales" in tensors
-        if (entry is False and packed) or (entry and not packed):
-            raise CheckpointError(
-                f"{where}: {path}",
-                got="scales" if packed else "no scales",
-                want=f"what its entry in config.json says, {json.dumps(entry)}",
-            )
-        if packed and f"{path}.weight" in tensors:
-            own = {**said, **(entry if isinstance(entry, Mapping) else {})}
-            weight, scales = tensors[f"{path}.weight"], tensors[f"{path}.scales"]
-            yield path, _packing(f"{where}: {path}", module.weight.shape, weight, scales, own)
-
-
-def _packing(
-    what: str, shape: tuple[int, ...], weight: mx.array, scales: mx.array, said: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Bits and group of one packed matrix: weight (out, in * bits / 32) uint32, scales (out, in / group)."""
-    mode = said.get("mode", "affine")
-    if mode not in _MODES:
-        raise ConfigError(f"{what}: quantization mode", got=repr(mode), want=", ".join(_MODES))
-    rows, width = shape
-    bits, bits_left, group, group_left = 0, 1, 0, 1
-    if weight.ndim == scales.ndim == 2 and weight.shape[0] == scales.shape[0] == rows and scales.shape[1]:
-        bits, bits_left = divmod(weight.shape[1] * 32, width)
-        group, group_left = divmod(width, scales.shape[1])
-    many_bits, groups = _MODES[mode]
-    if bits_left or group_left or bits not in many_bits or group not in groups:
-        raise CheckpointError(
-            f"{what}.weight",
-            got=f"shape {weight.shape} with scales {scales.shape}",
-            want=f"{mode} packing of {shape}",
-        )
-    for name, kind, want in (
-        ("weight", weight.dtype, "uint32"),
-        ("scales", scales.dtype, "a floating type" if mode == "affine" else "uint8"),
-    ):
-        fits = mx.issubdtype(kind, mx.floating) if want == "a floating type" else _named(kind) == want
-        if not fits:
-            raise CheckpointError(f"{what}.{name}", got=_named(kind), want=f"{want} for {mode} packing")
-    for name, found in (("bits", bits), ("group_size", group)):
-        if said.get(name, found) != found:
-            raise CheckpointError(
-                f"{what}: {name}", got=f"{said[name]} in config.json", want=f"{found}, which its shapes say"
-            )
-    return {"bits": bits, "group_size": group, "mode": mode}
-
-
-def _named(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
-
-
-def _has_template(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    path = folder / "tokenizer_config.json"
-    return path.is_file() and bool(_read_object(path).get("chat_template"))
 
 
 def _read_generation(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..errors import SourceError, SourceNotFound
 from ..paths import CACHE_VARIABLE, cache_folder, temporary_folder
 from ..reading import reason
 from ..writing import clear_abandoned, replacing
-from .files import choose, is_gguf
+from .files import choose, is_gguf, other_file
 from .hub import Repository, megabytes
 from .tensors import INDEX
 
@@ -115,13 +115,20 @@ def _local(path: Path, text_only: bool) -> Path:
     """The folder, or the .gguf that is there or in it."""
     if path.is_file():
         if not is_gguf(path.name):
-            raise SourceError(f"{path}", got="a file", want="a folder or a .gguf file")
+            raise other_file(str(path), path.name)
         return path
     try:
         names = {entry.name for entry in path.iterdir() if entry.is_file()}
         if not names:
             raise SourceError(f"{path}", got="an empty folder", want="config.json and model*.safetensors, or a .gguf")
-        return path / choose(names, str(path), "", text_only, lambda: (path / INDEX).read_text("utf-8")).file
+
+        def text(name: str) -> str:
+            return (path / name).read_text("utf-8", "replace") if name in names else ""
+
+        return (
+            path
+            / choose(names, str(path), "", text_only, lambda: text(INDEX), lambda: text("adapter_config.json")).file
+        )
     except OSError as error:
         raise SourceError(f"{path}", got=error.strerror or error, want="a readable folder") from None
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from ..model.gemma3 import Gemma3
 from . import gguf
 from .contents import Entry, Packing, Store
-from .load import Checkpoint, fitted_model
+from .load import Checkpoint, check_entries, fitted_model
 from .tensors import PATCH_WEIGHT, Place, channels_last, locate, read_folder
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
@@ -29,7 +29,9 @@ def open_store(checkpoint: Checkpoint) -> Store:
     if checkpoint.gguf is None:
         return FolderStore(checkpoint)
     header, projector = checkpoint.gguf
-    return gguf.GGUFStore(header, None if checkpoint.text_only else projector, checkpoint.config)
+    store = gguf.GGUFStore(header, None if checkpoint.text_only else projector, checkpoint.config)
+    check_entries(checkpoint.config, store.entries, checkpoint.path)
+    return store
 
 
 class FolderStore:

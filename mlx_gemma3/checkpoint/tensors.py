@@ -139,8 +139,8 @@ def is_vision(name: str) -> bool:
 def is_used(name: str, config: Config, *, text_only: bool) -> bool:
     """Whether the model of this config takes the tensor at all; the others stay unread.
 
-    A tied head is dropped, whatever the file holds: the reference ties it to the embedding and ignores the copy that
-    fine-tunes and mlx-vlm write.
+    What stands under lm_head is left out where the config says tied: a copy of the embedding, which fine-tunes and
+    mlx-vlm write, or scales for mlx-vlm. A head that differs makes the config of an opened checkpoint untied (head.py).
     """
     if name.endswith(_BUFFERS) or (name.startswith("lm_head.") and config.tie_word_embeddings):
         return False

@@ -35,6 +35,7 @@ def bench(
     ] = None,
     kv_bits: Annotated[int, typer.Option(help="Of the keys and values of global layers: 16, 8 or 4.")] = 16,
     repeat: Annotated[int, typer.Option(help="Runs of each figure, after one that is not counted.")] = 3,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Try a model that does not fit into memory.")] = False,
     plot: Annotated[
@@ -51,12 +52,14 @@ def bench(
         check_plot(plot)
     from ..runtime.benchmark import Plan, measure
 
+    if text_only and images:
+        raise OptionError("--images", got=f"{images} and --text-only", want="one or the other")
     plan = Plan(
         prompts=sizes,
         contexts=depths,
         tokens=tokens,
         batch=batch,
-        images=images,
+        images=0 if text_only else images,
         kv_bits=kv_bits,
         repeat=repeat,
     )

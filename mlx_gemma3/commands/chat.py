@@ -64,6 +64,7 @@ def chat(
     pan_and_scan: Annotated[
         bool, typer.Option("--pan-and-scan", help="Show wide and tall pictures in crops too.")
     ] = False,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 16, 8 or 4.")] = 16,
     max_context: Annotated[
@@ -93,6 +94,8 @@ def chat(
     )
     if was_closed(0):
         raise PromptError("standard input", got="a closed one", want="questions")
+    if image and text_only:
+        raise OptionError("--image", got="--text-only as well", want="one or the other")
     session = None if session is None else check_writable(session)
     resume = session if session is not None and session.exists() else None
     if resume is not None and system is not None:
@@ -101,7 +104,15 @@ def chat(
     def make_engine() -> Engine:
         from ..runtime.engine import load
 
-        return load(model, dtype=dtype, kv_bits=kv_bits, max_context=max_context, force=force, quiet=quiet or hidden)
+        return load(
+            model,
+            dtype=dtype,
+            text_only=text_only,
+            kv_bits=kv_bits,
+            max_context=max_context,
+            force=force,
+            quiet=quiet or hidden,
+        )
 
     def make_session(engine: Engine) -> Session:
         return engine.session(system=system, resume=resume)

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from ..visible import visible
-from .terminal import Status, emit, say
+from .terminal import Status, emit, print_notes, say
 
 
 def convert(
@@ -98,6 +98,7 @@ def convert(
             progress=progress,
         )
     status.clear()
+    print_notes(report.notes, quiet=quiet)
     if not as_json:
         say(report.text())
     url = None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import OptionError
-from .terminal import Status, emit, say
+from .terminal import Status, emit, print_notes, say
 
 
 def evaluate(
@@ -30,6 +30,7 @@ def evaluate(
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens of the text that are read together.")] = 2048,
     max_tokens: Annotated[int | None, typer.Option(help="Only the text's first ones.", show_default="all")] = None,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     plot: Annotated[
         Path | None,
@@ -58,9 +59,11 @@ def evaluate(
         window=window,
         max_tokens=max_tokens,
         dtype=dtype,
+        text_only=text_only,
         progress=lambda what, done, total: status.show(what if not total else f"reading {what}", done, total),
     )
     status.clear()
+    print_notes(evaluation.notes, quiet=quiet)
     if plot is not None:
         from ..convert.plot import plot as draw
 

@@ -15,7 +15,7 @@ import typer
 from ..errors import OptionError, PromptError
 from ..writing import check_writable
 from .streams import WAIT, OutputLost, Piped
-from .terminal import Pace, Status, answer, emit, leave, tell
+from .terminal import Pace, Status, answer, emit, leave, print_notes, tell
 
 if TYPE_CHECKING:
     from ..runtime.options import OptionValues
@@ -66,6 +66,7 @@ def generate(
         Path | None,
         typer.Option(help="Go on with the conversation in this file, and keep it there.", show_default=False),
     ] = None,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 16, 8 or 4.")] = 16,
     local_kv_bits: Annotated[int, typer.Option(help="The same for local layers, which are small.")] = 16,
@@ -81,6 +82,8 @@ def generate(
     images = [str(path) for path in image or []]
     _refuse_picture(prompt)
     message = _with_pictures(prompt or "", images, raw=raw)
+    if images and text_only:
+        raise OptionError("--image", got="--text-only as well", want="one or the other")
     piped = Piped(WAIT if prompt else None)
     if not prompt:
         if text := _read(piped, quiet=quiet):
@@ -99,7 +102,7 @@ def generate(
     with Engine(
         model,
         dtype=dtype,
-        text_only=not images and session is None,
+        text_only=text_only or (not images and session is None),
         kv_bits=kv_bits,
         local_kv_bits=local_kv_bits,
         max_context=max_context,
@@ -107,6 +110,7 @@ def generate(
         quiet=quiet or as_json,
     ) as engine:
         status.clear()
+        print_notes(engine.about["notes"], quiet=quiet)
         if prompt and (text := _read(piped, quiet=quiet)):
             message = _append(message, text)
         options: OptionValues = {

@@ -8,26 +8,25 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import TokenizerError
 from ..visible import one_line
-from .terminal import columns, emit, say
+from .terminal import columns, emit, print_notes, say
 
 if TYPE_CHECKING:
     from ..checkpoint.contents import Entry
     from ..checkpoint.load import Checkpoint
 
 CONTEXTS = (4096, 32768, 131072)
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json")
 
 
 def inspect(
     source: Annotated[str, typer.Argument(help="Alias, folder, owner/name on the Hub, or .gguf file.")],
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show what a checkpoint holds, how it is packed, and what memory it needs, without loading it."""
@@ -35,8 +34,9 @@ def inspect(
     from ..checkpoint.source import resolve
     from ..checkpoint.store import open_store
 
-    checkpoint = open_checkpoint(resolve(source, quiet=as_json))
+    checkpoint = open_checkpoint(resolve(source, text_only=text_only, quiet=as_json), text_only=text_only)
     about = describe(checkpoint, open_store(checkpoint).entries)
+    print_notes(checkpoint.notes, quiet=as_json)
     if as_json:
         emit(about)
     else:
@@ -58,6 +58,7 @@ def describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any]
         "format": "safetensors" if checkpoint.gguf is None else "gguf",
         "size": size_of(config),
         "chat": checkpoint.instruct,
+        "notes": list(checkpoint.notes),
         "context": text.max_position_embeddings,
         "layers": {
             "count": text.num_hidden_layers,
@@ -179,17 +180,12 @@ def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def _template(checkpoint: Checkpoint) -> str | None:
     """The file that holds the chat template, or None."""
-    path = checkpoint.path
+    from ..checkpoint.tuned import find_template, gguf_template
+
     if checkpoint.gguf is not None:
-        return path.name if checkpoint.gguf[0].settings.get("tokenizer.chat_template") else None
-    if name := next((name for name in _TEMPLATES if (path / name).is_file()), None):
-        return name
-    settings = path / "tokenizer_config.json"
-    return settings.name if settings.is_file() and _says_template(settings) else None
-
-
-def _says_template(path: Path) -> bool:
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))
+        return checkpoint.path.name if gguf_template(checkpoint.gguf[0]) is not None else None
+    found = find_template(checkpoint.path)
+    return found[0] if found is not None else None
 
 
 def _memory(checkpoint: Checkpoint, entries: Sequence[Entry]) -> list[dict[str, Any]]:

@@ -10,11 +10,14 @@ import shutil
 import sys
 import time
 import unicodedata
+from collections.abc import Iterable
 
 from ..visible import json_line, one_line, visible
 from .streams import leave
 
-__all__ = ["Pace", "Status", "answer", "columns", "emit", "fitted", "leave", "own", "say", "tell", "width"]
+__all__ = [
+    "Pace", "Status", "answer", "columns", "emit", "fitted", "leave", "own", "print_notes", "say", "tell", "width"
+]  # fmt: skip
 
 BAR = 24  # places
 _AGAIN = "\r\x1b[2K"  # to the line's start, and empty it
@@ -70,6 +73,12 @@ def fitted(text: str, most: int) -> str:
             cut = text[:place]
             return f"{cut[:-1]}…" if most > 1 and unicodedata.east_asian_width(cut[-1:]) not in "WF" else cut
     return text
+
+
+def print_notes(notes: Iterable[str], *, quiet: bool) -> None:
+    """What a person should know of a checkpoint, on stderr; nothing when quiet."""
+    for text in () if quiet else notes:
+        tell(f"note: {text}")
 
 
 class Status:

@@ -16,6 +16,8 @@ values dropped first). Where messages make it fail, the error here holds the sam
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,16 @@ from ..errors import TemplateError
 from .vocabulary import BOS, END_OF_TURN, START_OF_IMAGE, START_OF_TURN
 
 Message = Mapping[str, Any]
+
+# sha256 of templates that write what `render_chat` writes, in the form of `_normal_form`.
+_SAME_FORMAT = frozenset(
+    (
+        "d86b7f9eb4ceb43210abc4e43f4fa95ef1388985d997e496f459503aa7f32e7b",  # Gemma 3's, of every size
+        "4e6a75116241a7dbae888f540d93b2d6b02e14b0543a3354b40eaa3b83fc995a",  # the demo's
+    )
+)
+_LONGEST = 10_000  # characters: several times the longest of them
+_LITERAL = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", re.DOTALL)
 
 _NOT_RENDERED = "continue_final_message is set but the final message does not appear in the chat"
 
@@ -38,6 +50,30 @@ class Control(str):
         control = super().__new__(cls, name)
         control.item = item
         return control
+
+
+def is_own_template(template: str) -> bool:
+    """Whether a Jinja template is a known text of this format; comments and white space that Jinja drops do not count.
+
+    False says only that it is another text, which may still write the same turns.
+    """
+    if len(template) > _LONGEST:
+        return False
+    return hashlib.sha256(_normal_form(template).encode("utf-8", "surrogatepass")).hexdigest() in _SAME_FORMAT
+
+
+def _normal_form(template: str) -> str:
+    """Without comments, what `-` trims, and white space inside tags; quoted texts stay, in one spelling."""
+    text = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    text = re.sub(r"(?<=-[%}]\})\s+|\s+(?=\{[%{]-)", "", text).removesuffix("\n")
+    tags = re.split(r"(\{[%{].*?[%}]\})", text, flags=re.DOTALL)
+    for place in range(1, len(tags), 2):
+        parts = _LITERAL.split(tags[place])
+        tags[place] = "".join(
+            "".join(part.split()) if number % 2 == 0 else repr(part[1:-1].replace("\\n", "\n"))
+            for number, part in enumerate(parts)
+        )
+    return "".join(tags)
 
 
 def render_chat(

@@ -7,8 +7,9 @@ threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +28,7 @@ def answer(
     *,
     features: Callable[[int], mx.array],
     eos_ids: frozenset[int],
+    check: Callable[[mx.array], None] = lambda logits: None,
     sampling: Sampling,
     max_tokens: int,
     max_context: int | None = None,
@@ -44,6 +46,9 @@ def answer(
     Args:
         features: rows of the n-th picture of the prompt; see Timeline.read.
         eos_ids: tokens that end an answer.
+        check: given the (1, V) logits of the first token; what it raises ends the answer.
+        stop: strings that end an answer. The name of a control token in them means the token, which no text shows, as
+            well as the same characters.
         max_context: most tokens of prompt and answer together; None for all that the model has positions for.
 
     Raises:
@@ -58,8 +63,10 @@ def answer(
     if logits is None:
         reason = "cancelled"
     else:
+        check(logits)
         text = tokenizer.stream(skip_special=True)
-        stopper = StopStrings(stop)
+        marks = _marks(stop, tokenizer)
+        stopper = StopStrings(stop, {tokenizer.piece(token): mark for token, mark in marks.items()})
         with closing(timeline.write(logits, sampling=sampling, max_tokens=max_tokens, limit=max_context)) as steps:
             for token in steps:
                 count += 1
@@ -69,7 +76,7 @@ def answer(
                 if token in eos_ids:
                     reason = "stop"
                     break
-                if piece := stopper.push(text.push(token)):
+                if piece := stopper.push(text.finish() + marks[token] if token in marks else text.push(token)):
                     yield {"kind": "text", "text": piece, "tokens": waiting}
                     waiting = []
                 if stopper.found:
@@ -94,16 +101,31 @@ def answer(
     yield {"kind": "done", "finish_reason": reason, "tokens": waiting, "usage": usage}
 
 
+def _marks(stop: Sequence[str], tokenizer: Tokenizer) -> dict[int, str]:
+    """The control tokens that the stop strings name, each with a character that stands for it: half of a surrogate
+    pair, which no decoded text holds.
+    """
+    if not stop:
+        return {}
+    ids = sorted(token for token in tokenizer.special_ids if any(tokenizer.piece(token) in string for string in stop))
+    return {token: chr(0xD800 + number) for number, token in enumerate(ids[:0x400])}
+
+
 class StopStrings:
     """Lets text through until one of some strings appears, wherever the borders between pieces fall.
 
     `found` turns true when one did; what stood before it was let through, it and what follows are dropped.
+
+    Args:
+        strings: what to look for.
+        names: by the name of a control token the character that stands for it in the text; never let through.
     """
 
-    def __init__(self, strings: Sequence[str]) -> None:
-        self.strings = tuple(strings)
+    def __init__(self, strings: Sequence[str], names: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.strings = tuple(dict.fromkeys(both for one in strings for both in (one, _replaced(one, names))))
         self.found = False
         self._held = ""
+        self._marks = str.maketrans(dict.fromkeys(names.values(), ""))
 
     def push(self, text: str) -> str:
         """Take more text; return what can no longer be part of a stop string."""
@@ -114,15 +136,21 @@ class StopStrings:
         if places:
             self.found = True
             out, self._held = self._held[: min(places)], ""
-            return out
+            return out.translate(self._marks)
         keep = max(_overlap(self._held, string) for string in self.strings)
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return out
+        return out.translate(self._marks)
 
     def finish(self) -> str:
         """The text ended: return what was held back."""
         out, self._held = self._held, ""
-        return out
+        return out.translate(self._marks)
+
+
+def _replaced(string: str, names: Mapping[str, str]) -> str:
+    for name in sorted(names, key=len, reverse=True):
+        string = string.replace(name, names[name])
+    return string
 
 
 def _overlap(text: str, string: str) -> int:

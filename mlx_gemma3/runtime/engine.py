@@ -87,7 +87,7 @@ class Engine:
     @property
     def about(self) -> dict[str, Any]:
         """What was loaded, in plain types: "name", "instruct" (tuned for chat), "vision" (takes pictures),
-        "max_context" (tokens), "weights_bytes".
+        "max_context" (tokens), "weights_bytes", "notes" (sentences on how the checkpoint was understood, often none).
         """
         return self._thread.call(lambda host: host.about())
 

@@ -23,6 +23,7 @@ from ..generation.loop import decode, prefill
 from ..prompt.processor import Processor, Prompt
 from ..prompt.vocabulary import END_OF_TURN
 from .answer import answer
+from .finite import check_finite
 from .fitting import check_memory
 from .options import Options
 from .session import Conversation
@@ -91,7 +92,7 @@ class Host:
         self.model.fuse(lambda: _check_open(closing))
         self.tokenizer = self.checkpoint.tokenizer()
         self.processor = Processor(self.tokenizer, self.checkpoint.config)
-        self.eos_ids = frozenset(self.checkpoint.config.eos_token_ids)
+        self.eos_ids = frozenset(self.checkpoint.config.eos_token_ids)  # of a completed text; see _ends
         self.features = FeatureCache()
         self.timelines: list[Timeline] = []  # the one used last stands last
 
@@ -115,6 +116,7 @@ class Host:
             "vision": config.vision is not None,
             "max_context": positions if most is None else min(most, positions),
             "weights_bytes": sum(array.nbytes for _, array in tree_flatten(self.model.parameters())),
+            "notes": list(self.checkpoint.notes),
         }
 
     def new_timeline(self) -> Timeline:
@@ -164,6 +166,7 @@ class Host:
             request.put({"kind": "pending", "stage": "pictures", "done": 0, "total": len(request.images)})
         conversation = request.conversation
         pixels: dict[str, NDArray[np.float32]] = {}
+        eos_ids = self._ends(request)
         if conversation is None:
             prepared = self._prepare(request)
             tokens = _tokens(prepared)
@@ -193,7 +196,8 @@ class Host:
             tokens,
             self.tokenizer,
             features=features,
-            eos_ids=self.eos_ids,
+            eos_ids=eos_ids,
+            check=lambda logits: check_finite(logits, self.checkpoint),
             sampling=options.sampling(self.checkpoint.generation),
             max_tokens=options.max_tokens,
             max_context=self.options.max_context,
@@ -223,7 +227,7 @@ class Host:
         }
         done = _done(texts, ids, end["finish_reason"], usage)
         if conversation is not None:
-            conversation.answered(ids, done["text"], self.eos_ids, self.tokenizer.id(END_OF_TURN))
+            conversation.answered(ids, done["text"], eos_ids, self.tokenizer.id(END_OF_TURN))
         request.put(done)
 
     def _timeline_for(self, tokens: Tokens) -> Timeline:
@@ -276,6 +280,11 @@ class Host:
             messages = [{"role": "system", "content": options.system}, *messages]
         # What users type must not act as control tokens: `<end_of_turn>` in a message does not end the turn.
         return self.processor.prepare(messages, request.images, pan_and_scan=options.pan_and_scan, special=False)
+
+    def _ends(self, request: Request) -> frozenset[int]:
+        """The tokens that end an answer: in a chat, whose turns are written here, <end_of_turn> is always one."""
+        completes = request.conversation is None and isinstance(request.prompt, str) and self._raw(request.options)
+        return self.eos_ids if completes else self.eos_ids | {self.tokenizer.id(END_OF_TURN)}
 
     def _raw(self, options: Options) -> bool:
         return not self.checkpoint.instruct if options.raw is None else options.raw

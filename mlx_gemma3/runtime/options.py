@@ -35,7 +35,7 @@ class Options:
     raw: bool | None = None  # True: complete the text, no chat template; None: as the checkpoint was trained
     pan_and_scan: bool = False  # wide and tall pictures are also shown in crops
     max_tokens: int = 1024
-    stop: Sequence[str] = ()  # strings that end the answer, themselves left out
+    stop: Sequence[str] = ()  # strings that end the answer, themselves left out; names of control tokens mean those too
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None

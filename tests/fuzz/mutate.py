@@ -33,7 +33,7 @@ def mutate_json(values: Any, rng: random.Random) -> bytes:
             case 2:
                 parent[key] = copy.deepcopy(rng.choice(list(_places(values)) or [(values, None)])[0])
             case _:
-                parent[key] = rng.choice(VALUES)
+                parent[key] = copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(changed)
     if rng.random() < 0.15:  # a value as text: one that no Python object makes
         mark = '"%mark%"'

@@ -63,7 +63,10 @@ class Talk:
     @property
     def session(self) -> Session:
         if self._session is None:
-            self.take(self.loading.loaded[1])
+            engine, session = self.loading.loaded
+            for text in engine.about["notes"]:
+                self.screen.note(f"note: {text}")
+            self.take(session)
             assert self._session is not None
         return self._session
 

@@ -1,0 +1,103 @@
+"""Whether a checkpoint is tuned for chat: what its files say, and its name only where they say nothing.
+
+A chat template means tuned. Google's own conversion writes one for the tuned checkpoints and none for the base ones
+(transformers 5.23, convert_gemma3_weights.py), and who tunes a base checkpoint for chat adds one. `eos_token_id`
+decides nothing: a fine-tune keeps that of its base, and transformers 5 saves `1` alone.
+
+Without a template a name with the word "it", "instruct" or "chat" means tuned (older MLX uploads hold no template), and
+the person is told. Words such as "pt" or "base" mean nothing: a checkpoint without a template is a base checkpoint
+whatever it is called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..gguf_header import GGUFHeader
+from ..prompt.template import is_own_template
+from ..reading import open_regular, read_json
+from ..visible import shortened, visible
+
+_WORDS = frozenset(("it", "instruct", "chat"))
+_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # the first that holds one decides
+
+
+def judge(name: str, template: str | None, others: Iterable[str]) -> tuple[bool, list[str]]:
+    """Whether the checkpoint is tuned for chat, and what a person should know of how that was decided.
+
+    Args:
+        name: as the user said it.
+        template: its chat template, None without one.
+        others: more names of it: the folder's or file's, what a GGUF calls itself.
+    """
+    shown = shortened(visible(name), 100)
+    if template is not None:
+        if is_own_template(template):
+            return True, []
+        return True, [
+            f"the chat template of {shown} is another text than Gemma 3's own and is not used: turns are written as "
+            "Gemma 3 writes them; with generate --raw (raw=True) you write the whole prompt yourself"
+        ]
+    names = (name.rstrip("/").rpartition("/")[2], *others)
+    if not _WORDS.intersection(word for one in names for word in re.split(r"[^a-z0-9]+", one.lower())):
+        return False, []
+    return True, [
+        f"{shown} has no chat template: by its name it is tuned for chat, and turns are written as Gemma 3 writes "
+        "them; generate --raw (raw=True) completes text instead"
+    ]
+
+
+def find_template(folder: Path) -> tuple[str, str] | None:
+    """(file, text) of a folder's chat template; of several named ones the default. None without one.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a template that is no text.
+    """
+    for name in _FILES:
+        if not (path := folder / name).is_file():
+            continue
+        text = _read_text(path) if path.suffix == ".jinja" else _text(path, _values(path).get("chat_template"))
+        if text.strip():
+            return name, text
+    return None
+
+
+def own_template() -> str:
+    """A template that writes what `render_chat` does, for a checkpoint without one: the demo's."""
+    values = read_json(Path(__file__).resolve().parent.parent / "demo" / "chat_template.json", ConfigError)
+    text: str = values["chat_template"]
+    return text
+
+
+def gguf_template(header: GGUFHeader) -> str | None:
+    """The chat template of a GGUF file."""
+    template = header.settings.get("tokenizer.chat_template")
+    return template if isinstance(template, str) and template.strip() else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with open_regular(path) as file:
+            return file.read(1 << 20).decode("utf-8", "replace")
+    except OSError as error:
+        raise ConfigError(f"{path}", got=error.strerror or error, want="a readable template") from None
+
+
+def _values(path: Path) -> dict[str, object]:
+    values = read_json(path, ConfigError)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}", got=type(values).__name__, want="a JSON object")
+    return values
+
+
+def _text(path: Path, value: object) -> str:
+    """A template as JSON holds it: a text, or a list of {"name", "template"}."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        named = {str(item.get("name")): item.get("template") for item in value}
+        value = named.get("default", next(iter(named.values()), None))
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise ConfigError(f"{path}: chat_template", got=type(value).__name__, want="a text or a list of named texts")
