@@ -4,6 +4,7 @@ reads its settings when it is imported.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -92,7 +93,7 @@ class Machine:
             "NO_PROXY": "*",
             "PYTHONPATH": str(ROOT),
             "PATH": os.environ.get("PATH", ""),
-        }
+        } | options.pop("environment", {})
         options.setdefault("quiet", True)
         arguments = json.dumps([names, options, chunk, limit, free])
         done = subprocess.run(
@@ -312,3 +313,44 @@ def test_a_hub_cache_that_cannot_be_written(tmp_path: Path) -> None:
         assert answer.code == "source"
         assert "HF_HUB_CACHE" in answer.message
         assert mac.stderr == ""
+
+
+PROXIES = (
+    {"ALL_PROXY": "socks5://127.0.0.1:9"}, {"all_proxy": "socks4://x"}, {"HTTPS_PROXY": "http://a:port"},
+    {"HTTP_PROXY": "http://[::1"}, {"ALL_PROXY": "://"}, {"ALL_PROXY": "http://\x01"}, {"HTTP_PROXY": "ftp://x"},
+    {"ALL_PROXY": "http://%zz:1"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("proxy", PROXIES, ids=str)
+def test_a_proxy_that_makes_no_sense_is_one_sentence_and_a_cached_model_answers(
+    tmp_path: Path, proxy: dict[str, str]
+) -> None:
+    with HubServer({"a/b": Repo(SINGLE)}) as hub:
+        mac = machine(tmp_path / "mac", hub.url)
+        (answer,) = mac.ask("a/b")
+        proxy = proxy | {"NO_PROXY": ""}
+        assert mac.ask("a/b", environment=proxy) == [answer] == mac.ask("a/b", environment=proxy, offline=True)
+        (other,) = mac.ask("a/other", environment=proxy)
+        assert other.code == "offline" and "\n" not in other.message and len(other.message) < 400
+        if "socks5" in proxy.get("ALL_PROXY", "") and importlib.util.find_spec("socksio") is None:
+            assert "a SOCKS proxy (ALL_PROXY)" in other.message and "mlx-gemma3[socks]" in other.message
+
+
+def test_files_with_names_that_drive_terminals_are_left_alone(tmp_path: Path) -> None:
+    files = {**SINGLE, "model\x1b]0;OWNED\x07.safetensors": b"x"}
+    with HubServer({"a/b": Repo(files)}) as hub:
+        mac = machine(tmp_path / "mac", hub.url)
+        mac.ask("a/b", quiet=False)
+        assert "OWNED" not in mac.stderr and mac.held() == sorted({*SMALL, "model.safetensors"})
+
+
+def test_without_a_home_the_hubs_cache_is_a_temporary_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, pwd\nos.environ.pop('HOME', None)\n"
+        "def nobody(_): raise KeyError('nobody')\npwd.getpwuid = nobody\n"
+        "from mlx_gemma3.checkpoint.hub import library_cache\nprint(library_cache())"
+    )
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{tmp_path}/mlx-gemma3-{os.getuid()}/hub\n", done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Annotated
 
 import typer
@@ -12,9 +13,11 @@ from .streams import was_closed
 
 
 def worker(
-    max_line: Annotated[int, typer.Option(help="Longest request, in MiB; a picture in base64 is in it.")] = 64,
-    max_queued: Annotated[int, typer.Option(help="Most requests that wait.")] = 64,
-    max_sessions: Annotated[int, typer.Option(help="Most sessions that are open.")] = 16,
+    max_line: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="Longest request, in MiB; a picture in base64 is in it.")
+    ] = 64,
+    max_queued: Annotated[int, typer.Option(min=1, max=1 << 20, help="Most requests that wait.")] = 64,
+    max_sessions: Annotated[int, typer.Option(min=0, max=1 << 20, help="Most sessions that are open.")] = 16,
 ) -> None:
     """Serve another program: requests on standard input, events on standard output, one JSON object a line.
 
@@ -23,6 +26,8 @@ def worker(
     from .. import __version__
     from ..worker.server import Limits, Server
 
+    if not os.isatty(0):  # Ctrl-C at the terminal of the program that started it is not for the worker
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     limits = Limits(line_bytes=max_line << 20, queued=max_queued, sessions=max_sessions)
     requests, events = _own(0, os.O_RDONLY), _own(1, os.O_WRONLY)
     _send(1, 2)  # what a library prints goes to stderr

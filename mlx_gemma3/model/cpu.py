@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from itertools import product
 from math import gcd, pi, prod, sqrt
@@ -29,6 +28,7 @@ from . import attention
 from .cache import Rows
 from .layers import PatchConv
 from .lean import Kernels
+from .streams import cpu_streams
 
 Floats = npt.NDArray[np.float32]
 Multiply = Callable[[mx.array], mx.array]  # (…, in) → (…, out)
@@ -43,8 +43,6 @@ SMALL = 1 << 16  # numbers; fewer are copied sooner than MLX makes room for them
 # Numbers that one vector meets. For more OpenBLAS wakes its threads, which then stay in the way of MLX's.
 LONE = 400_000
 NEVER = np.float32(-1e30)  # the score of a key that is not seen; its exponential is 0
-
-_here = threading.local()
 
 
 def kernels() -> Kernels:
@@ -65,7 +63,7 @@ def matrix(module: nn.Module) -> Multiply:
 
     def multiplied(x: mx.array) -> mx.array:
         if packed and x.size < UNPACK_FROM * x.shape[-1]:
-            out = [part(x, stream) for part, stream in zip(parts, _streams(len(parts)), strict=True)]
+            out = [part(x, stream) for part, stream in zip(parts, cpu_streams(len(parts)), strict=True)]
             return (out[0] if len(out) == 1 else mx.concatenate(out, axis=-1)).astype(x.dtype)
         return matmul(x, *rows)
 
@@ -349,12 +347,3 @@ def _hidden(mask: mx.array | str, batch: int, length: int, count: int) -> npt.ND
 def all_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _streams(count: int) -> list[mx.Stream]:
-    """The default stream and `count` - 1 more; a stream belongs to the thread that made it."""
-    if not hasattr(_here, "streams"):
-        _here.streams = []
-    while len(_here.streams) < count - 1:
-        _here.streams.append(mx.new_stream(mx.cpu))
-    return [mx.default_stream(mx.cpu), *_here.streams[: count - 1]]

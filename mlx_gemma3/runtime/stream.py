@@ -5,6 +5,7 @@ Knows nothing of MLX: the engine's thread fills a channel, or a worker process d
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import weakref
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ..errors import Gemma3Error
+from ..errors import ClosedError, Gemma3Error
 
 Messages = Sequence[dict[str, Any]]
 Picture = Any  # a path, the bytes of a file, or a PIL image
@@ -38,6 +39,17 @@ class Reply:
     usage: dict[str, Any]
 
 
+def check_process(loaded_in: int) -> None:
+    """Raise ClosedError in a process that was forked from the one with this id: a fork has none of its threads."""
+    if os.getpid() != loaded_in:
+        raise ClosedError(
+            "engine",
+            got="a process that was forked after the engine was loaded",
+            want="a process that loads its own",
+            do='start processes by "spawn", or let a worker answer (mlx_gemma3.worker.client)',
+        )
+
+
 _NOTHING: Event = {"kind": "pending"}
 _END = Piece("", [])  # told apart by identity: after the last piece
 
@@ -50,6 +62,7 @@ class Channel:
         self.error: Gemma3Error | None = None
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._listener: Callable[[], None] | None = None
+        self._process = os.getpid()
 
     def put(self, event: Event) -> None:
         """Add an event; "done" or "error" is the last. Any thread."""
@@ -64,6 +77,11 @@ class Channel:
 
     def get(self, timeout: float | None) -> Event | None:
         """Take the next event; None when none came within `timeout` seconds. None as timeout: wait for ever."""
+        try:
+            check_process(self._process)
+        except ClosedError as error:  # nobody fills it here
+            self.error = error
+            return {"kind": "error", "code": error.code, "message": str(error)}
         try:
             if timeout is None:
                 return self._events.get()

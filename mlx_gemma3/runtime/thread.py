@@ -1,10 +1,15 @@
-"""The engine's thread: everything that MLX made lives and dies in it. Serves what waits in a queue, in order."""
+"""The engine's thread: everything that MLX made lives and dies in it. Serves what waits in a queue, in order.
+
+A process that was forked has none of the threads of its parent, neither the engine's nor MLX's own: nothing can be
+answered there, nor another engine be loaded. So every call looks which process it is in, and takes no lock before.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import functools
+import os
 import queue
 import threading
 import traceback
@@ -17,7 +22,9 @@ import mlx.core as mx
 
 from ..checkpoint.source import resolve
 from ..errors import ClosedError, Gemma3Error
+from ..model.streams import lent
 from .host import EngineOptions, Host, Request
+from .stream import check_process
 
 IDLE = 0.1  # seconds after loading in which nobody asked for anything
 
@@ -30,6 +37,8 @@ class EngineThread(threading.Thread):
 
     def __init__(self, source: str | Path, options: EngineOptions) -> None:
         super().__init__(name="mlx-gemma3", daemon=True)
+        self._process = _first_process()
+        check_process(self._process)
         self._source, self._options = source, options
         self._queue: queue.SimpleQueue[Request | _Call | None] = queue.SimpleQueue()
         self._loaded = threading.Event()  # or failed
@@ -43,6 +52,7 @@ class EngineThread(threading.Thread):
 
     def wait_until_loaded(self, timeout: float | None = None) -> bool:
         """False when it was not within `timeout` seconds. Raises what went wrong."""
+        check_process(self._process)
         if not self._loaded.wait(timeout):
             return False
         if self._error is not None:
@@ -51,6 +61,7 @@ class EngineThread(threading.Thread):
 
     def submit(self, request: Request) -> None:
         """Queue an answer. Raises ClosedError. An engine that could not load answers with that error."""
+        check_process(self._process)
         with self._lock:
             self._check_open()
             if self._error is None:
@@ -60,6 +71,7 @@ class EngineThread(threading.Thread):
 
     def call(self, work: Callable[[Host], T]) -> T:
         """Run something in the thread, after what was queued before, and wait for its result."""
+        check_process(self._process)
         future: Future[T] = Future()
         with self._lock:
             self._check_open()
@@ -71,18 +83,26 @@ class EngineThread(threading.Thread):
     def stop(self) -> None:
         """Cancel what is in work and let the thread end, soon. Waits for nothing: garbage collection may call it."""
         self._closing = True
+        if os.getpid() != self._process:
+            return
         if (current := self._current) is not None:
             current.cancel()
         self._queue.put(None)
 
     def close(self) -> None:
         """Stop, and wait until all that MLX made is freed. A download ends by itself, and nothing is loaded then."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self.stop()
         while self.is_alive() and not self._fetching and threading.current_thread() is not self:
             self.join(0.05)  # not for good: what fetches now may have begun to wait for the network
 
     def run(self) -> None:
+        with lent():
+            self._run()
+
+    def _run(self) -> None:
         try:
             resolved = resolve(self._source, text_only=self._options.text_only, quiet=self._options.quiet)
             self._fetching = False
@@ -153,6 +173,12 @@ def _known(error: Exception) -> Gemma3Error:
     unforeseen = Gemma3Error(f"{type(error).__name__} in the engine", got=error)
     unforeseen.add_note("".join(traceback.format_exception(error)))
     return unforeseen
+
+
+@functools.cache
+def _first_process() -> int:
+    """The process in which the first engine was made: its forks remember it."""
+    return os.getpid()
 
 
 @functools.cache

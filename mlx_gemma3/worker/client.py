@@ -7,21 +7,28 @@ import contextlib
 import io
 import itertools
 import json
+import math
+import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import ClosedError, Gemma3Error, RequestError, WorkerError
-from ..runtime.stream import Channel, Messages, Picture, Reply, Stream
+from ..errors import ClosedError, Gemma3Error, OptionError, RequestError, WorkerError
+from ..runtime.stream import Channel, Messages, Picture, Reply, Stream, check_process
 from .protocol import ENDS, VERSION
 
 COMMAND = (sys.executable, "-m", "mlx_gemma3.cli", "worker")
+START_SECONDS = 20.0  # for the first line of a worker, which comes before it loads anything
+_LONGEST_HELLO = 1 << 16  # bytes
+_LEAVE_SECONDS = 20  # for its end after its input was closed
+_SILENT_SECONDS = 5  # for its end after it closed its output
 
 
 class WorkerEngine:
@@ -29,13 +36,23 @@ class WorkerEngine:
 
     Args:
         source, options: as of `load`.
-        command: what starts a worker; the one of this Python by default.
+        command: what starts a worker; the one of this Python by default. It gets a session of its own, so that
+            Ctrl-C in a terminal reaches the program alone.
+        start_timeout: seconds that it may take to say that it is one.
 
     Raises:
         Gemma3Error: as of `load`; WorkerError when no worker could be started.
     """
 
-    def __init__(self, source: str | Path, *, command: Sequence[str] = COMMAND, **options: Any) -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        command: Sequence[str] = COMMAND,
+        start_timeout: float = START_SECONDS,
+        **options: Any,
+    ) -> None:
+        self._start_timeout = start_timeout
         self._load = {"model": str(source), **options}
         self._command, self._names = tuple(command), itertools.count(1)
         self._process: _Process | None = None
@@ -44,7 +61,7 @@ class WorkerEngine:
     def restart(self) -> None:
         """Begin anew: another process, the same model. Sessions and answers of the old one are gone."""
         self.close()
-        self._process = process = _Process(self._command)
+        self._process = process = _Process(self._command, self._start_timeout)
         self._end = weakref.finalize(self, process.end)
         try:
             process.call("load", **self._load)
@@ -125,9 +142,9 @@ class WorkerSession:
         """As `Session.tokens`."""
         return int(self._process.call("session.messages", session=self._name)["tokens"])
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, replace: bool = True) -> None:
         """As `Session.save`."""
-        self._process.call("session.save", session=self._name, path=_absolute(path))
+        self._process.call("session.save", session=self._name, path=_absolute(path), replace=replace)
 
 
 class _Remote(Channel):
@@ -135,7 +152,7 @@ class _Remote(Channel):
 
     def __init__(self, process: _Process, number: int) -> None:
         super().__init__()
-        self.process, self.number, self.told = process, number, False
+        self.process, self.number, self.told, self.heard = process, number, False, False
 
     def cancel(self) -> None:
         self.cancelled = self.told = True
@@ -145,26 +162,35 @@ class _Remote(Channel):
 class _Process:
     """A worker, the requests on their way to it, and the thread that reads what it says."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], start_timeout: float) -> None:
         self.dropped: list[str] = []  # sessions that nobody holds any more
         self._channels: dict[int, _Remote] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()
         self._ended: WorkerError | None = None
+        self._owner = os.getpid()
+        pipe = subprocess.PIPE
         try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        except OSError as error:
-            raise WorkerError("worker", got=error, want=f"{command[0]} to start") from None
-        hello = next(self._events(), {})
-        self._longest: int = hello.get("limits", {}).get("line_bytes", 0)
-        self._reader = threading.Thread(target=self._read, name="mlx-gemma3 client", daemon=True)
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        except (OSError, ValueError, IndexError) as error:
+            raise WorkerError("worker", got=error, want=f"{' '.join(command[:1])} to start") from None
+        greeting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, args=(greeting,), name="mlx-gemma3 client", daemon=True)
         self._reader.start()
-        if hello.get("protocol") != VERSION:
-            self.end()
-            raise WorkerError("worker", got=f"protocol {hello.get('protocol')}", want=VERSION, do="install it anew")
+        try:
+            hello = greeting.get(timeout=start_timeout)
+            self._longest = _longest_line(hello)
+        except BaseException as error:  # Ctrl-C, too
+            self._kill()
+            self._close()
+            if not isinstance(error, queue.Empty):
+                raise
+            got = f"nothing said in {start_timeout:g} seconds"
+            raise WorkerError("worker", got=got, want=f"{command[0]} to be one") from None
 
     def ask(self, op: str, **values: Any) -> _Remote:
         """Send a request; its events go into the channel."""
+        check_process(self._owner)
         while self.dropped:
             self.ask("session.close", session=self.dropped.pop())
         channel = _Remote(self, next(self._numbers))
@@ -190,7 +216,8 @@ class _Process:
         return result
 
     def cancel(self, number: int) -> None:
-        self._send(_line({"id": f"cancel {number}", "op": "cancel", "target": number}))
+        if os.getpid() == self._owner:
+            self._send(_line({"id": f"cancel {number}", "op": "cancel", "target": number}))
 
     def _send(self, line: bytes) -> None:
         assert self._process.stdin is not None
@@ -202,43 +229,56 @@ class _Process:
             return
 
     def end(self) -> None:
-        """Close its input, which ends it; one that does not end is killed."""
+        """Close its input, which ends it; one that does not end is killed. Nothing in a process that was forked."""
+        if os.getpid() != self._owner:
+            return
         process = self._process
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
         with contextlib.suppress(OSError):  # what was not sent is not needed any more
             process.stdin.close()
         try:
-            process.wait(20)
+            process.wait(_LEAVE_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            self._kill()
+        self._close()
+
+    def _kill(self) -> None:
+        """End it now, and what it has started."""
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _close(self) -> None:
+        """Of a process that has ended, or is about to."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        process.wait()
+        with contextlib.suppress(OSError):
+            process.stdin.close()
         if threading.current_thread() is not self._reader:
-            self._reader.join()
+            self._reader.join(_SILENT_SECONDS)
+            if self._reader.is_alive():  # something that it started holds the pipe
+                self._kill()
+                self._reader.join()
         process.stdout.close()
 
-    def _events(self) -> Iterator[dict[str, Any]]:
+    def _read(self, greeting: queue.SimpleQueue[dict[str, Any]]) -> None:
+        """What the reading thread does: the first line goes to who waits for it, events to their channels."""
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.endswith(b"\n"):  # else it was cut off in the middle
-                yield json.loads(line)
-
-    def _read(self) -> None:
-        for event in self._events():
-            number = event.pop("id", None)
-            channel = self._channels.get(number)
-            if channel is None:
-                continue
-            if event["kind"] in ENDS:
-                del self._channels[number]
-            elif channel.cancelled and not channel.told:  # abandoned; not from here: the pipe may be full
-                channel.told = True
-                threading.Thread(target=channel.cancel, daemon=True).start()
-            if event["kind"] == "error":
-                channel.fail(_error(event))
-            else:
-                channel.put(event)
-        code = self._process.wait()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        said, how = self._process.stdout, ""
+        try:
+            first = said.readline(_LONGEST_HELLO)
+            if first:
+                hello = _object(first)
+                greeting.put(hello)
+                for line in said:
+                    if line.endswith(b"\n"):  # else it was cut off in the middle
+                        self._take(_object(line))
+        except Exception as error:  # it says what no worker says: nothing else is to be expected of it
+            how = f"said {error}" if isinstance(error, _NoEvent) else f"said what is no event ({type(error).__name__})"
+            self._kill()
+        how = how or self._end_of_it()
+        self._process.wait()
+        greeting.put({"how": how})
         with self._lock:
             self._ended = WorkerError("worker", got=how, want="a running one", do="restart() begins anew")
             left = list(self._channels.values())
@@ -246,9 +286,89 @@ class _Process:
         for channel in left:
             channel.fail(self._ended)
 
+    def _end_of_it(self) -> str:
+        """How it ended, once its output has."""
+        try:
+            code = self._process.wait(_SILENT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            return "closed its output"
+        if code >= 0:
+            return f"ended with status {code}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"killed by {names.get(-code, f'signal {-code}')}"
+
+    def _take(self, event: dict[str, Any]) -> None:
+        number, kind = event.pop("id", None), event["kind"]
+        if number is None and kind == "error":  # a line of ours that it could not read: one that it has not answered
+            with self._lock:
+                unheard = [waiting for waiting in self._channels.values() if not waiting.heard]
+                for waiting in unheard:
+                    del self._channels[waiting.number]
+            for waiting in unheard:
+                waiting.fail(_error(event))
+            return
+        channel = self._channels.get(number) if isinstance(number, int) else None
+        if channel is None:
+            return
+        channel.heard = True
+        if kind in ENDS:
+            del self._channels[channel.number]
+        elif channel.cancelled and not channel.told:  # abandoned; not from here: the pipe may be full
+            channel.told = True
+            threading.Thread(target=channel.cancel, daemon=True).start()
+        if kind == "error":
+            channel.fail(_error(event))
+        else:
+            channel.put(event)
+
+
+def _longest_line(hello: dict[str, Any]) -> int:
+    """Bytes of a request that a worker takes, by its first line. Raises WorkerError when it speaks another protocol."""
+    limits = hello.get("limits")
+    longest = limits.get("line_bytes") if isinstance(limits, dict) else None
+    if hello.get("protocol") == VERSION and isinstance(longest, int):
+        return longest
+    how = f", {hello['how']}" if "how" in hello else ""
+    raise WorkerError("worker", got=f"protocol {hello.get('protocol')}{how}", want=VERSION, do="install it anew")
+
+
+class _NoEvent(Exception):
+    """A line that no worker says."""
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or "kind" not in values:
+        raise _NoEvent(repr(line[:60]))
+    return values
+
 
 def _line(message: dict[str, Any]) -> bytes:
-    return json.dumps(message).encode("ascii") + b"\n"
+    """A request as a line. Raises OptionError: a value that JSON cannot hold."""
+    try:
+        return json.dumps(message, allow_nan=False).encode("ascii") + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        name, value = message["op"], error
+        with contextlib.suppress(RecursionError):
+            name, value = _unsaid(message) or (name, value)
+        raise OptionError(
+            name, got=repr(value), want="what JSON can hold: finite numbers, texts, lists, dicts"
+        ) from None
+
+
+def _unsaid(values: Any, name: str = "") -> tuple[str, Any] | None:
+    """The first value that JSON cannot hold, and the name it stands under."""
+    if isinstance(values, dict):
+        return next(filter(None, (_unsaid(value, str(key)) for key, value in values.items())), None)
+    if isinstance(values, list | tuple):
+        return next(filter(None, (_unsaid(value, name) for value in values)), None)
+    if values is None or isinstance(values, str | int) or (isinstance(values, float) and math.isfinite(values)):
+        return None
+    return name, values
 
 
 def _error(event: dict[str, Any]) -> Gemma3Error:
@@ -256,7 +376,7 @@ def _error(event: dict[str, Any]) -> Gemma3Error:
     kinds = [Gemma3Error]
     for kind in kinds:
         kinds += kind.__subclasses__()
-    return next((kind for kind in kinds if kind.code == event["code"]), Gemma3Error)(event["message"])
+    return next((kind for kind in kinds if kind.code == event.get("code")), Gemma3Error)(str(event.get("message")))
 
 
 def _turn(images: Sequence[Picture], options: dict[str, Any]) -> dict[str, Any]:
@@ -275,4 +395,6 @@ def _picture(image: Picture) -> dict[str, str]:
 
 def _absolute(path: str | Path) -> str:
     """The worker may have another working directory."""
+    with contextlib.suppress(RuntimeError):  # `~name` of nobody, which the worker tells
+        path = Path(path).expanduser()
     return str(Path(path).absolute())

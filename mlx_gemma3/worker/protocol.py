@@ -47,7 +47,7 @@ REQUESTS: Mapping[str, Mapping[str, Field]] = {
     "session.retry": {**_SESSION, "options": Field("object")},
     "session.undo": _SESSION,
     "session.messages": _SESSION,
-    "session.save": {**_SESSION, "path": Field("text", True)},
+    "session.save": {**_SESSION, "path": Field("text", True), "replace": Field("bool")},
     "session.close": _SESSION,
     "cancel": {"target": Field("id", True)},
     "status": {},

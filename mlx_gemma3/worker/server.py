@@ -45,6 +45,7 @@ class _Job:
     op: str
     values: dict[str, Any]
     cancelled: bool = False
+    ended: bool = False  # its last event was told
     stream: Stream | None = field(default=None)
 
     def cancel(self) -> None:
@@ -76,7 +77,9 @@ class Server:
             "session.retry": lambda job: self._tell(job, self._session(job).retry(**_options(job))),
             "session.undo": lambda job: self._session(job).undo(),
             "session.messages": lambda job: _said(self._session(job)),
-            "session.save": lambda job: self._session(job).save(job.values["path"]),
+            "session.save": lambda job: self._session(job).save(
+                job.values["path"], replace=job.values.get("replace", True)
+            ),
             "session.close": self._close,
         }
 
@@ -96,10 +99,19 @@ class Server:
             if self._current is not None:
                 self._current.cancel()
             self._state.notify()
-        closed = ClosedError("worker", got="its end before this request's turn", want="a running one")
+        teller = threading.Thread(target=self._tell_ends, args=(worker, left, shutdown), daemon=True)
+        teller.start()
+        teller.join(2 * LEAVE_SECONDS)  # not for good: it may be that nobody takes what it says
+
+    def _tell_ends(self, worker: threading.Thread, left: list[_Job], shutdown: protocol.Id | None) -> None:
+        """The last events of all requests, of those in work too when they do not end in time."""
         for job in left:
-            self._emit(_failure(job.id, closed))
+            self._end(
+                job, _failure(job.id, ClosedError("worker", got="its end before this request's turn", want=_ALIVE))
+            )
         worker.join(LEAVE_SECONDS)
+        if (job := self._current) is not None:  # inside something that cannot be asked to stop
+            self._end(job, _failure(job.id, ClosedError("worker", got="its end during this request", want=_ALIVE)))
         if shutdown is not None:
             self._emit({"id": shutdown, "kind": "ok", "result": {}})
 
@@ -183,11 +195,11 @@ class Server:
                     raise ClosedError(job.op, got="a cancel before its turn", want="to be let finish")
                 result = self._ops[job.op](job)
                 if job.op not in _ANSWERS:
-                    self._end({"id": job.id, "kind": "ok", "result": result or {}})
+                    self._end(job, {"id": job.id, "kind": "ok", "result": result or {}})
             except Gemma3Error as error:
-                self._end(_failure(job.id, error))
+                self._end(job, _failure(job.id, error))
             except Exception as error:  # nobody foresaw it: one request fails, the worker lives on
-                self._end(_failure(job.id, Gemma3Error(f"{type(error).__name__} in the worker", got=error)))
+                self._end(job, _failure(job.id, Gemma3Error(f"{type(error).__name__} in the worker", got=error)))
         self._unload()
 
     def _next(self) -> _Job | None:
@@ -197,11 +209,14 @@ class Server:
                 self._current = self._waiting.popleft()
             return self._current
 
-    def _end(self, event: Mapping[str, Any]) -> None:
-        """Tell the end of the request in work; its id is free from then on."""
+    def _end(self, job: _Job, event: Mapping[str, Any]) -> None:
+        """Tell the end of a request, once; its id is free from then on."""
         with self._state:
-            self._current = None
-        self._emit(event)
+            told, job.ended = job.ended, True
+            if self._current is job:
+                self._current = None
+        if not told:
+            self._emit(event)
 
     def _load(self, job: _Job) -> dict[str, Any]:
         from ..runtime.engine import Engine
@@ -244,8 +259,10 @@ class Server:
         if job.cancelled:
             stream.cancel()
         while (event := stream.next())["kind"] not in protocol.ENDS:
+            if job.ended:
+                return
             self._emit({"id": job.id, **event})
-        self._end({"id": job.id, **event})
+        self._end(job, {"id": job.id, **event})
 
     def _open(self, job: _Job) -> dict[str, Any]:
         name = job.values["session"]
@@ -282,6 +299,7 @@ class Server:
                 self._write = len
 
 
+_ALIVE = "a running one"
 _ANSWERS = ("generate", "session.send", "session.retry")  # their streams tell that they were cancelled
 
 
