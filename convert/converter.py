@@ -19,6 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_gemma3.arguments import takes
 from mlx_gemma3.checkpoint.contents import Store
 from mlx_gemma3.checkpoint.load import open_checkpoint
 from mlx_gemma3.checkpoint.numbers import refusal, step, unpacked
@@ -46,6 +47,11 @@ HEAD_FILE = "head-scales.safetensors"
 Progress = Callable[[int, int, str], None]  # numbers done, numbers in all, parameter at hand
 
 
+@takes(
+    source="path", out="path", bits="whole", group_size="whole", mode="text", preset="text", overrides="texts",
+    search="switch", dtype="text", dequantize="switch", text_only="switch", overwrite="switch", compare="text",
+    max_shard_bytes="whole", quiet="switch", command="text",
+)  # fmt: skip
 def convert(
     source: str | Path,
     out: str | Path,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .arguments import takes
 from .errors import ConfigError
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
@@ -160,6 +161,7 @@ class Config:
             )
 
     @classmethod
+    @takes(path="path")
     def from_file(cls, path: str | Path) -> Config:
         """Read a config.json as the Hub, transformers 4 or 5, mlx-lm or mlx-vlm write it.
 
@@ -178,6 +180,7 @@ class Config:
         return cls.from_dict(values)
 
     @classmethod
+    @takes(values=Mapping)
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """As `from_file`, from the parsed JSON object."""
         model_type = values.get("model_type")

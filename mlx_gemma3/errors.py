@@ -53,7 +53,10 @@ class Gemma3Error(Exception):
 
 
 def _clean(value: object) -> str:
-    return one_line(str(value))
+    try:
+        return one_line(str(value))
+    except Exception:  # a broken __str__; a whole number of more digits than Python writes
+        return f"a value of type {type(value).__name__}"
 
 
 class SourceError(Gemma3Error):

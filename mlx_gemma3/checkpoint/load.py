@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..arguments import takes
 from ..config import Config
 from ..errors import CheckpointError, ConfigError, OptionError
 from ..gguf_header import GGUFHeader
@@ -88,6 +89,7 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
     )
 
 
+@takes(dtype="text", text_only="switch", late_embedding="switch")
 def load_model(
     source: str | Path | Checkpoint, *, dtype: str = "auto", text_only: bool = False, late_embedding: bool = False
 ) -> Gemma3:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..arguments import takes
 from ..errors import SourceError, SourceNotFound
 from ..paths import CACHE_VARIABLE, cache_folder, temporary_folder
 from ..reading import reason
@@ -68,6 +69,7 @@ ALIASES: Mapping[str, str | Packaged | Path] = {
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+\.gguf))?(?:@(.+))?", re.ASCII | re.IGNORECASE)
 
 
+@takes(source="path", text_only="switch", quiet="switch")
 def resolve(source: str | Path, *, text_only: bool = False, quiet: bool = False) -> Source:
     """Find the files that a name means, fetching them when they are not on this machine.
 

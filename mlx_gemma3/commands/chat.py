@@ -33,8 +33,13 @@ def chat(
         str, typer.Option("--model", "-m", help="Alias, folder, owner/name on the Hub, or .gguf file.")
     ] = "gemma-3-4b-it",
     image: Annotated[
-        list[Path] | None,
-        typer.Option("--image", "-i", help="A picture for the first question; again for more.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            "--image",
+            "-i",
+            help="A picture for the first question, its path or its address; again for more.",
+            show_default=False,
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="Said before the first turn.", show_default=False)] = None,
     session: Annotated[
@@ -74,6 +79,7 @@ def chat(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes: answers and errors only.")] = False,
 ) -> None:
     """Talk with a model, in words and pictures. /help shows the commands."""
+    from ..prompt.address import is_address
     from .talk.loading import Loading, must_be_fetched
     from .talk.screen import Leave, Plain, Screen, Terminal
     from .talk.settings import Settings
@@ -123,8 +129,12 @@ def chat(
     hidden = not (terminal and must_be_fetched(model))
     loading = Loading(model, make_engine, make_session)
     talk = Talk(loading, screen, settings, system, session)
-    for path in image or []:
-        talk.attach(path)
+    for source in image or []:
+        if source == "-":
+            raise PromptError(
+                "--image -", got="standard input", want="a path or an address", do="questions come from there"
+            )
+        talk.attach(source if is_address(source) else Path(source))
     asker = _input(talk) if terminal else None
     loading.start()  # from here on it wants the processor too
     status: int = 0

@@ -6,7 +6,7 @@ import contextlib
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +35,13 @@ def generate(
         str, typer.Option("--model", "-m", help="Alias, folder, owner/name on the Hub, or .gguf file.")
     ] = "gemma-3-4b-it",
     image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="A picture; give it again for more.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--image",
+            "-i",
+            help="A picture: its path, its address, or - for standard input; give it again for more.",
+            show_default=False,
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="Said before the first turn.", show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
@@ -58,6 +64,9 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the answer; give it again for more.", show_default=False)
     ] = None,
+    prefill: Annotated[
+        str | None, typer.Option(help="The answer begins with this, and the model goes on.", show_default=False)
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Complete the text: no chat template.")] = False,
     pan_and_scan: Annotated[
         bool, typer.Option("--pan-and-scan", help="Show wide and tall pictures in crops too.")
@@ -79,13 +88,20 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Answer a prompt, with any number of pictures, as it is written."""
-    images = [str(path) for path in image or []]
-    _refuse_picture(prompt)
+    images: list[str | bytes] = list(image or [])
+    _refuse_picture(prompt, given=bool(images))
     message = _with_pictures(prompt or "", images, raw=raw)
     if images and text_only:
         raise OptionError("--image", got="--text-only as well", want="one or the other")
-    piped = Piped(WAIT if prompt else None)
-    if not prompt:
+    if prefill is not None and (raw or session is not None):
+        other = "--raw" if raw else "--session"
+        raise OptionError("--prefill", got=f"{other} as well", want="one or the other")
+    if "-" in images:
+        images[images.index("-")] = _piped_picture(images)
+        piped = None
+    else:
+        piped = Piped(WAIT if prompt else None)
+    if not prompt and piped is not None:
         if text := _read(piped, quiet=quiet):
             message = _append(message, text)
         if not message and not images:
@@ -111,7 +127,7 @@ def generate(
     ) as engine:
         status.clear()
         print_notes(engine.about["notes"], quiet=quiet)
-        if prompt and (text := _read(piped, quiet=quiet)):
+        if prompt and piped is not None and (text := _read(piped, quiet=quiet)):
             message = _append(message, text)
         options: OptionValues = {
             "pan_and_scan": pan_and_scan,
@@ -125,21 +141,41 @@ def generate(
             "stop": stop or [],
         }
         if session is None:
-            options |= {"system": system, "raw": raw or None}
-            stream = engine.stream(message, images=images, **options)
+            options |= {"system": system, "raw": raw or None, "continue_final_message": prefill is not None}
+            begun = message if prefill is None else _begun(message, len(images), prefill)
+            stream = engine.stream(begun, images=images, **options)
         else:
             resume = session if session.exists() else None
             talk = engine.session(system=system, resume=resume)
             stream = talk.send(message if isinstance(message, str) else message[0]["content"], images=images, **options)
         kept = None if session is None else lambda: talk.save(session, replace=False)
-        stopped = _print(stream, status, as_json=as_json, kept=kept)
+        first = prefill.strip() if prefill is not None and not as_json else ""  # as the template writes it
+        stopped = _print(stream, status, first, as_json=as_json, kept=kept)
         if stats and (end := stream.next())["kind"] == "done":
             tell(_stats(end["usage"]))
     if stopped:
         raise typer.Exit(128 + stopped)
 
 
-def _with_pictures(text: str, images: list[str], *, raw: bool) -> str | list[dict[str, Any]]:
+def _piped_picture(images: list[str | bytes]) -> bytes:
+    """The one picture on standard input."""
+    if images.count("-") > 1:
+        raise OptionError("--image -", got="given twice", want="one picture on standard input")
+    content = Piped(None).content()
+    if not content:
+        raise PromptError("--image -", got="nothing on standard input", want="a picture's file")
+    return content
+
+
+def _begun(message: str | list[dict[str, Any]], images: int, prefill: str) -> list[dict[str, Any]]:
+    """The question, and the beginning of its answer."""
+    if isinstance(message, str):
+        items: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
+        message = [{"role": "user", "content": [*items, {"type": "text", "text": message}]}]
+    return [*message, {"role": "assistant", "content": prefill}]
+
+
+def _with_pictures(text: str, images: Sequence[str | bytes], *, raw: bool) -> str | list[dict[str, Any]]:
     """Put the pictures where `{image}` stands, or before the words where it stands nowhere.
 
     `{{image}}` is the text `{image}`. Returns the text itself when no picture is placed by a marker.
@@ -172,8 +208,14 @@ def _append(message: str | list[dict[str, Any]], text: str) -> str | list[dict[s
     return [{"role": "user", "content": [*items, {"type": "text", "text": f"\n\n{text}"}]}]
 
 
-def _refuse_picture(prompt: str | None) -> None:
+def _refuse_picture(prompt: str | None, *, given: bool) -> None:
     """`-i a.png b.png` gives one picture, and the other's name as the prompt: nobody means that."""
+    from ..prompt.address import is_address
+
+    if given and prompt and is_address(prompt) and not re.search(r"\s", prompt):
+        raise PromptError(
+            "prompt", got=f"the address {prompt}", want="words", do="each picture needs its own --image (-i)"
+        )
     with contextlib.suppress(OSError, ValueError):  # too long for a path, or a NUL in it
         if prompt and Path(prompt).is_file():
             from ..errors import ImageError
@@ -199,10 +241,11 @@ def _read(piped: Piped, *, quiet: bool) -> str:
     return text
 
 
-def _print(stream: Stream, status: Status, *, as_json: bool, kept: Callable[[], None] | None) -> int:
+def _print(stream: Stream, status: Status, first: str, *, as_json: bool, kept: Callable[[], None] | None) -> int:
     """Write the answer as it comes, and keep it. A signal ends the answer; returns its number, or 0.
 
     Args:
+        first: what stands before it.
         kept: keeps the answer, also one that could not be written; None where it is nowhere to be kept.
 
     Raises:
@@ -224,6 +267,10 @@ def _print(stream: Stream, status: Status, *, as_json: bool, kept: Callable[[], 
         event = stream.next()
         kind = event["kind"]
         try:
+            if first and kind in ("text", "done"):
+                status.clear()
+                answer(first)
+                first = ""
             if failure is None:
                 _show(event, status, pace, as_json=as_json)
         except (OutputLost, BrokenPipeError) as error:
@@ -246,6 +293,11 @@ def _show(event: dict[str, Any], status: Status, pace: Pace, *, as_json: bool) -
     kind = event["kind"]
     if kind == "pending" and event["stage"] == "prompt":
         status.bar(event["done"], event["total"], pace.text(event["done"], event["total"], "tokens"))
+        return
+    if kind == "pending" and event["stage"] == "download":
+        status.show(
+            f"fetching the picture · {event['done']:,} bytes" + (f" of {event['total']:,}" if event["total"] else "")
+        )
         return
     if kind == "pending":
         status.show(f"looking at {event['stage']}", event["done"], event["total"])

@@ -15,6 +15,13 @@ from ..errors import OptionError
 
 _BLOCK = 512  # entries of the vocabulary whose maxima are compared first
 
+# Below this temperature the most likely token is taken. Logits are float32, and the best of them lie at 16 to 32, where
+# neighbours are 2**-19 = 1.9e-6 apart: the nearest rival that is not equal is e**1.9 times less likely at 1e-6 and
+# e**19 times at 1e-7, so what is drawn below is the best token or a matter of rounding. Logits divided by less than
+# 1e-37 are infinite or NaN; by 1e-6 none below 3.4e32 is.
+GREEDY_BELOW = 1e-6
+_LEAST_SHARE = 1e-37  # of top-p; a smaller one is 0 in float32 and would leave not even the first token
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -24,7 +31,9 @@ class Sampling:
         OptionError: a value outside its range.
     """
 
-    temperature: float = 1.0  # 0: always the most likely token; the rest but the penalty then has no effect
+    temperature: float = (
+        1.0  # below GREEDY_BELOW: always the most likely token; the rest but the penalty then has no effect
+    )
     top_k: int = 64  # the k most likely tokens; 0: all
     top_p: float = 0.95  # the fewest tokens that hold this much probability; 1: all
     min_p: float = 0.0  # tokens at least this fraction as likely as the best; 0: all
@@ -36,7 +45,8 @@ class Sampling:
         _check(self.top_k >= 0, "top_k", self.top_k, ">= 0 (0 is off)")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1 (1 is off)")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1 (0 is off)")
-        _check(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "> 0 (1 is off)")
+        penalty = self.repetition_penalty
+        _check(1e-30 <= penalty <= 1e30, "repetition_penalty", penalty, "> 0, and what float32 can hold (1 is off)")
         _check(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "a whole number from 0 to 2**64 - 1")
 
 
@@ -45,12 +55,12 @@ def sample(logits: mx.array, sampling: Sampling, key: mx.array | None) -> mx.arr
 
     Args:
         logits: (B, V) float32.
-        key: from mx.random.key, a new one for each call; unused when the temperature is 0.
+        key: from mx.random.key, a new one for each call; unused when the temperature is below GREEDY_BELOW.
 
     Returns:
         (B,) int32, lazy.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
     logits = logits / sampling.temperature
     ids = None  # (B, C) vocabulary ids of the columns, most likely first; None: every id in its place
@@ -62,7 +72,7 @@ def sample(logits: mx.array, sampling: Sampling, key: mx.array | None) -> mx.arr
     if sampling.top_p < 1:
         probabilities = mx.softmax(logits, axis=-1, precise=True)
         before = mx.cumsum(probabilities, axis=-1) - probabilities  # held by the more likely tokens; 0 for the first
-        logits = mx.where(before < sampling.top_p, logits, -mx.inf)
+        logits = mx.where(before < max(sampling.top_p, _LEAST_SHARE), logits, -mx.inf)
     if sampling.min_p > 0:
         best = logits.max(axis=-1, keepdims=True)
         logits = mx.where(logits >= best + math.log(sampling.min_p), logits, -mx.inf)

@@ -1,7 +1,8 @@
 """A picture's file or bytes → upright RGB → square pixels for the vision tower; and the boxes of pan and scan.
 
-Owns the list of formats, what is done with orientation, transparency and deep grey, the limits on hostile files, and
-the arithmetic from 8-bit levels to [-1, 1]. Knows nothing of prompts, tokens or MLX.
+Owns the list of formats, the limits of size and shape, and the arithmetic from 8-bit levels to [-1, 1]; rgb.py what is
+done with orientation, transparency and deep grey, picture_files.py what hostile files may ask for. Knows nothing of
+prompts, tokens or MLX.
 
 Source of the rules: Hugging Face transformers 5.23, image_processing_pil_gemma3.py, image_transforms.py (resize,
 rescale, normalize) and image_utils.load_image. Where this differs on purpose: docs/deviations.md, "Pictures".
@@ -13,9 +14,7 @@ touched, and nothing but the listed formats is ever parsed. So every function he
 
 from __future__ import annotations
 
-import struct
-import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from io import BytesIO
 from math import ceil, floor
@@ -24,7 +23,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ImageError
+from ..arguments import argument, described, takes
+from ..errors import ImageError, OptionError
+from .picture_files import DAMAGED, check_parts, check_scans, lean_png
+from .rgb import to_rgb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-MAX_PIXELS = 178_956_970  # Pillow's own error limit (twice MAX_IMAGE_PIXELS), checked before anything is decoded
+MAX_PIXELS = 120_000_000  # phones take 108 million; decoding takes up to two seconds then. Checked on the header
+MAX_SIDE = 1 << 14  # of the square for the vision tower, which has 896
 MAX_ASPECT = 200  # longer side / shorter side: beyond it nothing is left of the picture in a square
 
 # Pan and scan: the values of Gemma3ProcessorKwargs.
@@ -64,24 +67,6 @@ _HEIC_BRANDS = frozenset(
     {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"heif", b"mif1", b"msf1"}
 )
 
-# What Pillow's decoders raise on damaged bytes. `Warning`: where the program has made warnings errors.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    Warning,
-    struct.error,
-    zlib.error,
-)
-
 # One entry per 8-bit level, as the reference computes it: rescaled in float64, rounded to float32, normalised in
 # float32. A shorter formula is off by one bit at some levels.
 _LEVELS: NDArray[np.float32] = (
@@ -89,11 +74,12 @@ _LEVELS: NDArray[np.float32] = (
 ) / np.float32(0.5)
 
 
-def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def load_image(source: str | Path | bytes | Image.Image, *, name: str | None = None) -> Image.Image:
     """Read a picture: upright, opaque on white, 8-bit RGB, without metadata.
 
     Args:
         source: a path, the bytes of a file in one of FORMATS, or a Pillow image (which is left as it is).
+        name: what errors call it; None: its path, or how long it is.
 
     Returns:
         A new Pillow image of mode RGB, in the picture's own size.
@@ -104,31 +90,41 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        name = f"picture of mode {source.mode}"
+        name = name or f"picture of mode {source.mode}"
         with _reading(name, "image", do="pass one that is open and whole"):
             _check_size(name, source.size)
-            return _to_rgb(source)
-    name = _name(source)
+            return to_rgb(source)
+    name = name or _name(source)
     with _open(source, name) as file:
         with _reading(name, "file", do="try again"):
             head = file.read(64)
         if not head:
             raise ImageError(f"{name}: the file is empty", got="0 bytes", do="get the picture again")
-        form = _format_of(head)
+        form = format_of(head)
         if form is None:
             raise ImageError(
                 f"{name}: not a picture of a known format",
                 got=f"a file that starts with {head[:12]!r}",
                 want=" or ".join((", ".join(list(FORMATS)[:-1]), list(FORMATS)[-1])),
-                do="convert it to one of these",
+                do=_advice(head),
             )
         file.seek(0)
         read = _reader(form, name)
+        if form == "PNG":
+            file = lean_png(file, name)
         with _reading(name, f"{form} file", do="save or download it again"), read(file) as picture:
             _check_size(name, picture.size)
-            return _to_rgb(picture)
+            if form == "JPEG":
+                place = file.tell()
+                file.seek(0)
+                check_scans(file, name, picture.width * picture.height)
+                file.seek(place)
+            elif form == "TIFF":
+                check_parts(name, len(picture.tile))
+            return to_rgb(picture)
 
 
+@takes(size="whole")
 def to_pixels(image: Image.Image, size: int) -> NDArray[np.float32]:
     """Stretch to a square and scale to [-1, 1]: (size, size, 3) float32, rows first.
 
@@ -136,16 +132,20 @@ def to_pixels(image: Image.Image, size: int) -> NDArray[np.float32]:
 
     Raises:
         ImageError: the image is not of mode RGB, as `load_image` makes it.
+        OptionError: no image, or a size beyond MAX_SIDE.
     """
     from PIL import Image
 
-    if image.mode != "RGB":
+    if not 1 <= size <= MAX_SIDE:
+        raise OptionError("size", got=size, want=f"1 to {MAX_SIDE}")
+    if argument("image", image, Image.Image).mode != "RGB":
         raise ImageError("picture mode", got=image.mode, want="RGB", do="pass it through load_image first")
     square = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels: NDArray[np.float32] = _LEVELS[np.asarray(square)]
     return pixels
 
 
+@takes(width="whole", height="whole")
 def pan_and_scan_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
     """The crops of a long picture, in reading order: 2 to 4 strips side by side, or none.
 
@@ -156,8 +156,10 @@ def pan_and_scan_boxes(width: int, height: int) -> list[tuple[int, int, int, int
         (left, top, right, bottom) of each crop, clipped to the picture; [] where pan and scan does not apply.
     """
     long, short = max(width, height), min(width, height)
-    if short < 1:
-        raise ImageError("picture size", got=f"{width} x {height}", want="at least 1 x 1")
+    if short < 1 or long >= 2**31:
+        raise ImageError(
+            "picture size", got=f"{described(width)} x {described(height)}", want="1 x 1 to 2**31 - 1 on a side"
+        )
     if long / short < MIN_RATIO:
         return []
     count = min(long // MIN_CROP, floor(long / short + 0.5))
@@ -169,6 +171,13 @@ def pan_and_scan_boxes(width: int, height: int) -> list[tuple[int, int, int, int
     if width >= height:
         return [(left, 0, right, height) for left, right in spans]
     return [(0, top, width, bottom) for top, bottom in spans]
+
+
+def _advice(head: bytes) -> str:
+    """What to do with a file that is no picture."""
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<svg", b"<head")):
+        return "this is a page, not a picture: give the picture itself"
+    return "convert it to one of these"
 
 
 def _name(source: object) -> str:
@@ -188,8 +197,13 @@ def _open(source: str | Path | bytes, name: str) -> Iterator[IO[bytes]]:
         yield BytesIO(source)
         return
     if str(source).startswith(("http://", "https://", "data:")):
-        raise ImageError(f"{name}: an address, not a file", do="download the picture and pass its path or bytes")
+        raise ImageError(
+            f"{name}: an address, not a file",
+            do="download the picture and pass its path or bytes, or give it to `images`",
+        )
     path = Path(source)
+    with suppress(RuntimeError):  # `~` of a user who is not there
+        path = path.expanduser()
     try:
         if path.is_dir():
             raise ImageError(f"{name}: a folder", do="name one picture file in it")
@@ -206,7 +220,7 @@ def _open(source: str | Path | bytes, name: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _format_of(head: bytes) -> str | None:
+def format_of(head: bytes) -> str | None:
     """The format that a file's first 64 bytes announce, whatever its name says."""
     for magic, form in _MAGIC:
         if head.startswith(magic):
@@ -245,7 +259,7 @@ def _reading(name: str, kind: str, *, do: str) -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except (*_DAMAGED, Image.DecompressionBombError) as error:
+    except (*DAMAGED, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: a damaged or incomplete {kind} ({_reason(error)})", do=do) from None
 
 
@@ -271,68 +285,3 @@ def _check_size(name: str, size: tuple[int, int]) -> None:
             want=f"a longer side of at most {MAX_ASPECT} times the shorter",
             do="crop it first",
         )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Decode, turn upright, put on white, 8-bit RGB; a new image whose metadata is gone."""
-    from PIL import Image
-
-    image.load()
-    image = _upright(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _grey(image)
-    if image.mode in ("La", "RGBa"):  # premultiplied; Pillow converts these only to their plain twin
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    rgb = image.convert("RGB")
-    rgb.info.clear()  # else an orientation or a transparent colour would be applied again
-    return rgb
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF (or XMP) orientation asks; as stored where that is absent, unknown or unreadable."""
-    from PIL import ExifTags
-    from PIL.Image import Transpose
-
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _DAMAGED:
-        return image
-    turn = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }.get(orientation)
-    return image if turn is None else image.transpose(turn)
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """Grey of 16-bit (I;16…), 32-bit integer (I) or float (F) values, scaled to 8 bits and rounded.
-
-    White is 65535 in a 16-bit picture. I and F do not say theirs, so the values decide: 1 for floats within 0 … 1,
-    else 255, else 65535, whichever first holds them all; anything wider, or negative, is stretched from its least to
-    its greatest value. NaN is black. A value marked transparent (PNG tRNS) becomes white.
-    """
-    from PIL import Image
-
-    values = np.asarray(image)  # (height, width) uint16, int32 or float32
-    if image.mode.startswith("I;16"):
-        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 257 is odd: rounded, never a tie
-    else:
-        levels = values.astype(np.float64)
-        finite = levels[np.isfinite(levels)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-        if low >= 0 and high <= 65535:
-            low, high = 0.0, 1.0 if image.mode == "F" and high <= 1 else 255.0 if high <= 255 else 65535.0
-        levels = np.nan_to_num((levels - low) * 255.0 / max(high - low, 1e-30), nan=0.0)
-        grey = np.rint(levels).clip(0, 255).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if transparent is not None:
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")

@@ -13,20 +13,20 @@ Source: transformers 5.23, processing_gemma3.py.
 
 from __future__ import annotations
 
-import base64
-import binascii
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes, urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 
+from ..arguments import takes
 from ..config import Config
 from ..errors import PromptError
+from . import messages as written
+from .address import Progress, opened
+from .snapshot import pictures as listed
 from .template import Control, Message, render_pieces
 from .tokenizer import Tokenizer
 from .vocabulary import BOS, END_OF_IMAGE, IMAGE, START_OF_IMAGE
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     Picture = str | Path | bytes | Image.Image
-
-_SOURCE_KEYS = ("image", "path", "url", "base64", "image_url")  # where a content item may carry its picture
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,38 +52,45 @@ class Prompt:
 class Processor:
     """Makes prompts for one checkpoint. Immutable; may be used from several threads."""
 
+    @takes(tokenizer=Tokenizer, config=Config)
     def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
         self.tokenizer, self.config = tokenizer, config
 
+    @takes(pan_and_scan="switch", special="switch", add_generation_prompt="switch", continue_final_message="switch")
     def prepare(
         self,
         text_or_messages: str | Sequence[Message] | None,
-        images: Sequence[Picture] = (),
+        images: Picture | Sequence[Picture] | None = (),
         *,
         pan_and_scan: bool = False,
         special: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        progress: Progress | None = None,
     ) -> Prompt:
         """Make the prompt, which begins with one <bos>.
 
         Args:
             text_or_messages: a text to complete, in which `<start_of_image>` is a picture's place; or the messages
                 of a chat; or None for the pictures alone.
-            images: paths, bytes of files, or Pillow images, for the places in order. Content items of messages may
-                carry their own: {"type": "image", "image" | "path" | "url" | "base64": …} or OpenAI's
-                {"type": "image_url", "image_url": {"url": …}}, with a path, a file: or data: URL, or bytes. Then
-                `images` fill the other places.
+            images: paths, addresses (https, http, data, file), bytes of files, or Pillow images, for the places in
+                order; one alone is a list of one. Content items of messages may carry their own, in any of the
+                shapes that messages.py lists; then `images` fill the other places.
             pan_and_scan: add crops of long pictures, each with an image block of its own.
             special: names of control tokens act as such in the text, as in the reference. If False they are plain
                 characters: in messages `<start_of_image>` too, in a text to complete it still is a picture's place.
             add_generation_prompt, continue_final_message: as in `render_chat`; for messages only.
+            progress: called with ("pictures", read, in all) before each picture and with ("download", bytes, bytes
+                in all or 0) while one is fetched; what it raises ends the work.
 
         Raises:
-            PromptError: not one picture for each place, a picture for a checkpoint without vision, an http URL.
+            PromptError: not one picture for each place, a picture for a checkpoint without vision, an item of a
+                message that is neither text nor picture.
             TemplateError: messages that do not fit the chat template.
-            ImageError: a picture that cannot be read.
+            ImageError: a picture that cannot be fetched or read.
+            OptionError: an argument of another kind.
         """
+        images = listed(images)
         chat = not (text_or_messages is None or isinstance(text_or_messages, str))
         if text_or_messages is None:
             if not images:
@@ -94,12 +99,10 @@ class Processor:
         elif isinstance(text_or_messages, str):
             pieces = [text_or_messages]
         else:
-            messages = text_or_messages
-            if isinstance(messages, list | tuple):
-                messages = [_with_images(message) for message in messages]
-                _refuse_system_pictures(messages)
             pieces = render_pieces(
-                messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+                written.read(text_or_messages),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
             )
         if special or not chat:
             pieces = list(_with_places(pieces))
@@ -107,9 +110,13 @@ class Processor:
         pictures = self._pictures(pieces, images)
         blocks: list[NDArray[np.float32]] = []
         expanded: list[str] = []
+        place = 0
         for piece in pieces:
             if _is_place(piece):
-                pixels = self._pixels(pictures.pop(0), pan_and_scan=pan_and_scan)
+                if progress is not None:
+                    progress("pictures", place, len(pictures))
+                pixels = self._pixels(pictures[place], pan_and_scan=pan_and_scan, progress=progress)
+                place += 1
                 blocks += pixels
                 expanded += _picture_pieces(len(pixels) - 1, self.config.mm_tokens_per_image)
             else:
@@ -125,8 +132,6 @@ class Processor:
 
     def _pictures(self, pieces: list[str], images: Sequence[Picture]) -> list[Any]:
         """The source of each place's picture: the one that its content item carries, else the next of `images`."""
-        if isinstance(images, str | bytes | Path):
-            raise PromptError("images", got=type(images).__name__, want="a list of pictures")
         carried = [_carried(piece) for piece in pieces if _is_place(piece)]
         count = len(images) + sum(source is not None for source in carried)
         if count and self.config.vision is None:
@@ -143,13 +148,14 @@ class Processor:
         rest = iter(images)
         return [next(rest) if source is None else source for source in carried]
 
-    def _pixels(self, source: Any, *, pan_and_scan: bool) -> list[NDArray[np.float32]]:
+    def _pixels(self, source: Any, *, pan_and_scan: bool, progress: Progress | None) -> list[NDArray[np.float32]]:
         """The picture itself, then its crops: each (S, S, 3) float32."""
         from .images import load_image, pan_and_scan_boxes, to_pixels
 
         assert self.config.vision is not None, "checked by _pictures"
         size = self.config.vision.image_size
-        image = load_image(_resolved(source))
+        content, name = opened(source, progress)
+        image = load_image(content, name=name)
         crops = [image.crop(box) for box in pan_and_scan_boxes(*image.size)] if pan_and_scan else []
         return [to_pixels(view, size) for view in (image, *crops)]
 
@@ -206,59 +212,6 @@ def _with_places(pieces: list[str]) -> Iterator[str]:
             yield text
 
 
-def _with_images(message: Any) -> Any:
-    """OpenAI's image_url items count as images; anything else is left for the template to judge."""
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if not isinstance(content, list):
-        return message
-    items = [
-        {"type": "image", "image_url": item["image_url"]}
-        if isinstance(item, Mapping) and item.get("type") == "image_url" and "image_url" in item
-        else item
-        for item in content
-    ]
-    return {**message, "content": items}
-
-
-def _refuse_system_pictures(messages: list[Any]) -> None:
-    """The template writes only the first text of the system message: a picture after it would be dropped silently."""
-    system = messages[0] if messages and isinstance(messages[0], Mapping) else {}
-    content = system.get("content")
-    if system.get("role") != "system" or not isinstance(content, list):
-        return
-    if any(isinstance(item, Mapping) and item.get("type") == "image" for item in content[1:]):
-        raise PromptError("system message", got="a picture", want="text", do="put pictures in a user message")
-
-
 def _carried(place: str) -> Any:
     item = place.item if isinstance(place, Control) else None
-    for key in _SOURCE_KEYS:
-        if item and item.get(key) is not None:
-            value = item[key]
-            if isinstance(value, Mapping):  # OpenAI: {"url": …, "detail": …}
-                value = value.get("url")
-            return f"data:;base64,{value}" if key == "base64" and isinstance(value, str) else value
-    return None
-
-
-def _resolved(source: Any) -> Any:
-    """A picture's source as `load_image` takes it: URLs become paths or bytes. Nothing is fetched."""
-    if not isinstance(source, str):
-        return source
-    scheme, _, rest = source.partition(":")
-    scheme = scheme.lower()
-    if scheme in ("http", "https"):
-        raise PromptError("picture", got=f"{source[:100]}", want="a path or bytes", do="download it first")
-    if scheme == "file":
-        return Path(url2pathname(urlsplit(source).path))
-    if scheme != "data":
-        return source
-    header, comma, data = rest.partition(",")
-    try:
-        if not comma:
-            raise ValueError("no comma")
-        if header.lower().endswith(";base64"):
-            return base64.b64decode("".join(unquote_to_bytes(data).decode("ascii").split()), validate=True)
-        return unquote_to_bytes(data)
-    except (ValueError, binascii.Error) as error:
-        raise PromptError(f"picture data:{header[:40]}", got=error, want="a data: URL of base64") from None
+    return item.get("image") if item else None

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 
+from ..arguments import takes
 from ..errors import OptionError
+from ..prompt import snapshot
 from . import session_file
 from .host import EngineOptions, Request
 from .options import Options, OptionValues
@@ -22,6 +24,9 @@ from .stream import AsyncStream, Messages, Picture, Piece, Reply, Stream
 from .thread import EngineThread
 
 __all__ = ["AsyncStream", "Engine", "Piece", "Reply", "Session", "Stream", "load"]
+
+
+Pictures = Picture | Sequence[Picture] | None
 
 
 class Engine:
@@ -43,6 +48,10 @@ class Engine:
         Gemma3Error: the source cannot be found or loaded.
     """
 
+    @takes(
+        source="path", dtype="text", text_only="switch", kv_bits="whole", local_kv_bits="whole", max_context="whole",
+        force="switch", quiet="switch", wait="switch",
+    )  # fmt: skip
     def __init__(
         self,
         source: str | Path,
@@ -76,6 +85,7 @@ class Engine:
                 self._thread.stop()
                 raise
 
+    @takes(timeout="number")
     def wait_until_loaded(self, timeout: float | None = None) -> bool:
         """Wait for the model; False when it was not ready within `timeout` seconds.
 
@@ -91,37 +101,32 @@ class Engine:
         """
         return self._thread.call(lambda host: host.about())
 
-    def stream(
-        self, prompt: str | Messages, *, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
-    ) -> Stream:
-        """Start an answer and return at once.
+    def stream(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> Stream:
+        """Start an answer and return at once. What is handed in is copied: changed afterwards, it changes nothing.
 
         What a prompt shares with a recent one is not processed again: send the whole message list each time.
 
         Args:
             prompt: a user's words, or messages as `{"role", "content"}` dicts. For a base checkpoint, or with
                 raw=True, a string is the text to complete; a picture's place in it is `<start_of_image>`.
-            images: paths, bytes of picture files, or PIL images; they stand before a string's words, or fill the
-                picture items of the messages in order.
-            options: the fields of `Options`.
+            images: paths, addresses (https, http, data, file), bytes of picture files, or PIL images, or one of them;
+                they stand before a string's words, or fill the picture items of the messages in order.
+            options: the fields of `Options`; None is the default.
 
         Raises:
-            OptionError: an unknown option or a value out of range. All that goes wrong later is an error event.
+            OptionError: an unknown option, a value out of range, `images` that are none.
+            PromptError: neither a text nor a list. All that goes wrong later is an error event.
             ClosedError: the engine was closed.
         """
-        request = Request(prompt, images, Options.build(options))
+        request = Request(snapshot.said(prompt), snapshot.copied(snapshot.pictures(images)), Options.build(options))
         self._thread.submit(request)
         return Stream(request, self)
 
-    def astream(
-        self, prompt: str | Messages, *, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
-    ) -> AsyncStream:
+    def astream(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> AsyncStream:
         """As `stream`, for asyncio: `async for piece in engine.astream(…)`. Cancelling the task cancels the answer."""
         return AsyncStream(self.stream(prompt, images=images, **options))
 
-    def generate(
-        self, prompt: str | Messages, *, images: Sequence[Picture] = (), **options: Unpack[OptionValues]
-    ) -> Reply:
+    def generate(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> Reply:
         """As `stream`, and wait for the whole answer.
 
         Raises:
@@ -130,6 +135,7 @@ class Engine:
         with self.stream(prompt, images=images, **options) as stream:
             return stream.reply
 
+    @takes(system="text", resume="path")
     def session(self, *, system: str | None = None, resume: str | Path | None = None) -> Session:
         """A conversation that keeps what it has read.
 
@@ -168,13 +174,16 @@ class Session:
     def __init__(self, engine: Engine, conversation: Conversation) -> None:
         self._engine, self._thread, self._conversation = engine, engine._thread, conversation
 
-    def send(self, said: str | Messages, *, images: Sequence[Picture] = (), **options: Unpack[OptionValues]) -> Stream:
+    def send(self, said: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> Stream:
         """Say something; the answer comes as from `Engine.stream`. A cancelled answer stays as far as it came.
 
         Args:
             said: words, before which the pictures stand; or the content items of one turn, `{"type", …}` dicts.
+            images, options, raises: as of `Engine.stream`.
         """
-        request = Request(said, images, Options.build(options), self._conversation)
+        request = Request(
+            snapshot.said(said), snapshot.copied(snapshot.pictures(images)), Options.build(options), self._conversation
+        )
         self._thread.submit(request)
         return Stream(request, self._engine)
 
@@ -198,6 +207,7 @@ class Session:
         """Tokens of the conversation so far."""
         return self._thread.call(lambda host: len(self._conversation.prompt(host.processor)))
 
+    @takes(path="path", replace="switch")
     def save(self, path: str | Path, *, replace: bool = True) -> None:
         """Write the conversation and its caches; `Engine.session(resume=path)` goes on from there.
 

@@ -20,9 +20,11 @@ from ..checkpoint.memory import this_machine
 from ..checkpoint.source import Source
 from ..errors import ClosedError, Gemma3Error, OptionError, PromptError
 from ..generation.loop import decode, prefill
+from ..prompt import messages as written
 from ..prompt.processor import Processor, Prompt
 from ..prompt.vocabulary import END_OF_TURN
 from .answer import answer
+from .aside import Unwanted, aside
 from .finite import check_finite
 from .fitting import check_memory
 from .options import Options
@@ -59,10 +61,6 @@ class Request(Channel):
         """prompt: None answers the last turn again. conversation: None when the prompt is all there is."""
         super().__init__()
         self.prompt, self.images, self.options, self.conversation = prompt, list(images), options, conversation
-
-
-class _Cancelled(Exception):
-    """Between two pictures."""
 
 
 class Host:
@@ -151,6 +149,9 @@ class Host:
                 if before:
                     before[-1].said, before[-1].reply = last
                 conversation.drop_pixels()
+            if isinstance(error, Unwanted):  # cancelled before it was read: nothing was said
+                request.put(_done([], [], "cancelled", {}))
+                return
             if not isinstance(error, Gemma3Error):
                 self._forget(used, conversation)
             raise
@@ -162,8 +163,6 @@ class Host:
 
     def _serve(self, request: Request, used: list[Timeline]) -> None:
         began, options = time.perf_counter(), request.options
-        if request.images:
-            request.put({"kind": "pending", "stage": "pictures", "done": 0, "total": len(request.images)})
         conversation = request.conversation
         pixels: dict[str, NDArray[np.float32]] = {}
         eos_ids = self._ends(request)
@@ -181,7 +180,7 @@ class Host:
 
         def encode(name: str, view: NDArray[np.float32] | None) -> mx.array:
             if request.cancelled and name not in self.features:
-                raise _Cancelled
+                raise Unwanted
             return self.features.get(self.model, name, view)
 
         def features(number: int) -> mx.array:
@@ -218,7 +217,7 @@ class Host:
                     request.put(event)
                 else:
                     end = event
-        except _Cancelled:
+        except Unwanted:
             pass
         usage = end["usage"] | {
             "images": images,
@@ -251,35 +250,71 @@ class Host:
         options = request.options
         if options.system is not None or options.raw:
             raise OptionError("system or raw", got="set for one turn", want="none: they belong to the session")
+        if options.continue_final_message:
+            raise OptionError(
+                "continue_final_message", got="true for a turn", want="false", do="hand the messages to generate"
+            )
         if request.prompt is None:
             if not conversation.exchanges:
                 raise PromptError("conversation", got="no turn yet", want="one to answer again")
             conversation.exchanges[-1].said = None
         else:
             said = request.prompt
-            if not isinstance(said, str) and any("role" in item for item in said):
+            if not isinstance(said, str) and any(isinstance(item, dict) and "role" in item for item in said):
                 raise PromptError("turn", got="messages", want="words or content items", do="it knows the turns before")
-            conversation.ask(said, request.images, self.processor, pan_and_scan=options.pan_and_scan)
+            conversation.ask(said, request.images, self.tokenizer, lambda messages: self._processed(request, messages))
         return conversation.prompt(self.processor)
 
     def _prepare(self, request: Request) -> Prompt:
         prompt, options = request.prompt, request.options
         assert prompt is not None, "only a session answers its last turn again"
         if isinstance(prompt, str):
+            if options.continue_final_message:
+                raise OptionError("continue_final_message", got="a text", want="messages, the last to be gone on with")
             if self._raw(options):
                 if options.system is not None:
                     raise OptionError("system", got="a text", want="none", do="completion has no turns")
-                return self.processor.prepare(prompt, request.images, pan_and_scan=options.pan_and_scan)
+                return self._processed(request, prompt)
             pictures = [{"type": "image"} for _ in request.images]
             messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
         else:
             if options.raw:
                 raise PromptError("prompt", got="messages", want="a string", do="completion has no turns")
-            messages = list(prompt)
+            messages = written.read(prompt)
+            written.check_roles(messages)
         if options.system is not None:
+            if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+                raise OptionError("system", got="a text beside a system message", want="one of them")
             messages = [{"role": "system", "content": options.system}, *messages]
-        # What users type must not act as control tokens: `<end_of_turn>` in a message does not end the turn.
-        return self.processor.prepare(messages, request.images, pan_and_scan=options.pan_and_scan, special=False)
+        return self._processed(request, messages)
+
+    def _processed(self, request: Request, prompt: str | Messages) -> Prompt:
+        """The prompt with its pictures, which another thread fetches and decodes; raises Unwanted when cancelled."""
+        told: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            nonlocal told
+            if request.cancelled:
+                raise Unwanted
+            event = {"kind": "pending", "stage": stage, "done": done, "total": total}
+            if event != told:
+                told = event
+                request.put(event)
+
+        def work() -> Prompt:
+            # What users type must not act as control tokens: `<end_of_turn>` in a message does not end the turn.
+            return self.processor.prepare(
+                prompt,
+                request.images,
+                pan_and_scan=request.options.pan_and_scan,
+                special=isinstance(prompt, str),
+                continue_final_message=request.options.continue_final_message,
+                progress=progress,
+            )
+
+        if isinstance(prompt, str) and not request.images:
+            return work()
+        return aside(work, lambda: not request.cancelled)
 
     def _ends(self, request: Request) -> frozenset[int]:
         """The tokens that end an answer: in a chat, whose turns are written here, <end_of_turn> is always one."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from types import UnionType
 from typing import Any, TypedDict
 
+from ..arguments import argument, described
 from ..errors import OptionError
 from ..generation.sampling import Sampling
 
@@ -16,9 +16,10 @@ class OptionValues(TypedDict, total=False):
 
     system: str | None
     raw: bool | None
-    pan_and_scan: bool
-    max_tokens: int
-    stop: str | Sequence[str]
+    pan_and_scan: bool | None
+    continue_final_message: bool | None
+    max_tokens: int | None
+    stop: str | Sequence[str] | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -29,11 +30,16 @@ class OptionValues(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Settings of one answer. A sampling setting left at None is the checkpoint's own (generation_config.json)."""
+    """Settings of one answer. None is the default; for sampling, the checkpoint's own (generation_config.json).
+
+    Raises:
+        OptionError: a value of a wrong type or out of its range.
+    """
 
     system: str | None = None  # said before the first user turn
     raw: bool | None = None  # True: complete the text, no chat template; None: as the checkpoint was trained
     pan_and_scan: bool = False  # wide and tall pictures are also shown in crops
+    continue_final_message: bool = False  # of messages: the answer goes on with the last one
     max_tokens: int = 1024
     stop: Sequence[str] = ()  # strings that end the answer, themselves left out; names of control tokens mean those too
     temperature: float | None = None
@@ -44,17 +50,13 @@ class Options:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            raise OptionError("max_tokens", got=self.max_tokens, want="a whole number >= 1")
-        for name, kind in _KINDS.items():
-            value = getattr(self, name)
-            if (value is not None and not isinstance(value, kind)) or (isinstance(value, bool) and kind is not bool):
-                raise OptionError(name, got=repr(value), want=_NAMES[kind])
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        stop = tuple(stop) if isinstance(stop, Sequence) else (None,)
-        if not all(isinstance(text, str) and text for text in stop):
-            raise OptionError("stop", got=list(stop), want="strings that are not empty")
-        object.__setattr__(self, "stop", stop)
+        for field in fields(self):
+            value = argument(field.name, getattr(self, field.name), _KINDS[field.name], field.default)
+            object.__setattr__(self, field.name, value)
+        if self.max_tokens < 1:
+            raise OptionError("max_tokens", got=described(self.max_tokens), want="a whole number >= 1")
+        if not all(self.stop):
+            raise OptionError("stop", got=described(list(self.stop)), want="strings that are not empty")
         self.sampling({})
 
     @classmethod
@@ -77,27 +79,21 @@ class Options:
             values["temperature"] = 0.0
         asked = {name: getattr(self, name) for name in _SAMPLING}
         values |= {name: value for name, value in asked.items() if value is not None}
-        try:
-            return Sampling(**values, seed=self.seed)
-        except TypeError:
-            raise OptionError("sampling options", got=values, want="numbers") from None
+        return Sampling(**values, seed=self.seed)
 
 
-_KINDS: dict[str, type | UnionType] = {
-    "system": str,
-    "raw": bool,
-    "pan_and_scan": bool,
-    "temperature": int | float,
-    "top_k": int,
-    "top_p": int | float,
-    "min_p": int | float,
-    "repetition_penalty": int | float,
-    "seed": int,
-}
-_NAMES: dict[type | UnionType, str] = {
-    str: "a text",
-    bool: "true or false",
-    int: "a whole number",
-    int | float: "a number",
+_KINDS = {  # of arguments.KINDS
+    "system": "text",
+    "raw": "switch",
+    "pan_and_scan": "switch",
+    "continue_final_message": "switch",
+    "max_tokens": "whole",
+    "stop": "texts",
+    "temperature": "number",
+    "top_k": "whole",
+    "top_p": "number",
+    "min_p": "number",
+    "repetition_penalty": "number",
+    "seed": "whole",
 }
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

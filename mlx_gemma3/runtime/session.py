@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PromptError
-from ..prompt.processor import Processor
+from ..prompt.messages import items
+from ..prompt.processor import Processor, Prompt
+from ..prompt.tokenizer import Tokenizer
 from ..prompt.vocabulary import END_OF_TURN
 from .timeline import Timeline, Tokens, digest
 
@@ -45,20 +47,28 @@ class Conversation:
     places: set[Path] = field(default_factory=set)  # where these were
 
     def ask(
-        self, said: str | Sequence[dict[str, Any]], images: Sequence[Any], processor: Processor, *, pan_and_scan: bool
+        self,
+        said: Any,
+        images: Sequence[Any],
+        tokenizer: Tokenizer,
+        prepare: Callable[[list[dict[str, Any]]], Prompt],
     ) -> None:
-        """Add a turn of the user's: words, or content items with the places of its pictures."""
-        words = [{"type": "text", "text": said}] if isinstance(said, str) else list(said)
+        """Add a turn of the user's: words, or content items with the places of its pictures.
+
+        Args:
+            prepare: makes the prompt of some messages, with `images`.
+        """
+        words = items(said, "turn")
         content = [*({"type": "image"} for _ in images), *words] if isinstance(said, str) else words
-        text = "".join(str(item.get("text", "")) for item in words)
+        text = "".join(item.get("text", "") for item in words)
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if self.system is not None and not self.exchanges:
             messages.insert(0, {"role": "system", "content": self.system})
-        prepared = processor.prepare(messages, images, pan_and_scan=pan_and_scan, special=False)
+        prepared = prepare(messages)
         pixels = prepared.pixels if prepared.pixels is not None else ()
         asked = Tokens(tuple(prepared.tokens), tuple(prepared.spans), tuple(map(digest, pixels)))
         if self.exchanges:  # the turn before ends with a newline, and <bos> was said once
-            newline = processor.tokenizer.encode("\n")
+            newline = tokenizer.encode("\n")
             moved = tuple((start - 1, stop - 1) for start, stop in asked.spans)
             asked = Tokens(tuple(newline)) + Tokens(asked.ids[1:], moved, asked.digests)
         views = dict(zip(asked.digests, pixels, strict=True))

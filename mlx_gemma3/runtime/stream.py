@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from ..arguments import takes
 from ..errors import ClosedError, Gemma3Error
 
 Messages = Sequence[dict[str, Any]]
@@ -111,6 +112,7 @@ class Stream:
         self._end: Event | None = None
         weakref.finalize(self, channel.abandon).atexit = False
 
+    @takes(timeout="number")
     def next(self, timeout: float | None = None) -> Event:
         """The next event, as a dict of plain types.
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -15,15 +13,19 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import ClosedError, Gemma3Error, OptionError, RequestError, WorkerError
+from ..arguments import takes
+from ..errors import ClosedError, Gemma3Error, ImageError, OptionError, PromptError, RequestError, WorkerError
+from ..prompt import snapshot
 from ..runtime.stream import Channel, Messages, Picture, Reply, Stream, check_process
+from .pictures import absolute, spoken, told
 from .protocol import ENDS, VERSION
 
+Pictures = Picture | Sequence[Picture] | None
 COMMAND = (sys.executable, "-m", "mlx_gemma3.cli", "worker")
 START_SECONDS = 20.0  # for the first line of a worker, which comes before it loads anything
 _LONGEST_HELLO = 1 << 16  # bytes
@@ -44,6 +46,7 @@ class WorkerEngine:
         Gemma3Error: as of `load`; WorkerError when no worker could be started.
     """
 
+    @takes(source="path", start_timeout="number")
     def __init__(
         self,
         source: str | Path,
@@ -53,7 +56,7 @@ class WorkerEngine:
         **options: Any,
     ) -> None:
         self._start_timeout = start_timeout
-        self._load = {"model": str(source), **options}
+        self._load = {"model": str(source), **{name: value for name, value in options.items() if value is not None}}
         self._command, self._names = tuple(command), itertools.count(1)
         self._process: _Process | None = None
         self.restart()
@@ -69,19 +72,21 @@ class WorkerEngine:
             self.close()
             raise
 
-    def stream(self, prompt: str | Messages, *, images: Sequence[Picture] = (), **options: Any) -> Stream:
+    def stream(self, prompt: str | Messages, *, images: Pictures = (), **options: Any) -> Stream:
         """As `Engine.stream`."""
-        said = {"prompt": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
-        return Stream(self.process.ask("generate", **said, **_turn(images, options)), self)
+        process, said = self.process, snapshot.said(prompt)
+        name = "prompt" if isinstance(said, str) else "messages"
+        return Stream(_asked(process, "generate", images, options, lambda: {name: spoken(said)}), self)
 
-    def generate(self, prompt: str | Messages, *, images: Sequence[Picture] = (), **options: Any) -> Reply:
+    def generate(self, prompt: str | Messages, *, images: Pictures = (), **options: Any) -> Reply:
         """As `Engine.generate`."""
         with self.stream(prompt, images=images, **options) as stream:
             return stream.reply
 
+    @takes(system="text", resume="path")
     def session(self, *, system: str | None = None, resume: str | Path | None = None) -> WorkerSession:
         """As `Engine.session`."""
-        given = {"system": system, "resume": None if resume is None else _absolute(resume)}
+        given = {"system": system, "resume": None if resume is None else absolute(resume)}
         name = f"session {next(self._names)}"
         self.process.call("session.open", session=name, **{key: to for key, to in given.items() if to is not None})
         return WorkerSession(self, self.process, name)
@@ -117,11 +122,11 @@ class WorkerSession:
         self._engine, self._process, self._name = engine, process, name
         weakref.finalize(self, process.dropped.append, name).atexit = False
 
-    def send(self, said: str | Messages, *, images: Sequence[Picture] = (), **options: Any) -> Stream:
+    def send(self, said: str | Messages, *, images: Pictures = (), **options: Any) -> Stream:
         """As `Session.send`."""
-        content = said if isinstance(said, str) else list(said)
-        turn = _turn(images, options)
-        return Stream(self._process.ask("session.send", session=self._name, content=content, **turn), self)
+        content, session = snapshot.said(said), {"session": self._name}
+        made = _asked(self._process, "session.send", images, options, lambda: session | {"content": spoken(content)})
+        return Stream(made, self)
 
     def retry(self, **options: Any) -> Stream:
         """As `Session.retry`."""
@@ -142,9 +147,10 @@ class WorkerSession:
         """As `Session.tokens`."""
         return int(self._process.call("session.messages", session=self._name)["tokens"])
 
+    @takes(path="path", replace="switch")
     def save(self, path: str | Path, *, replace: bool = True) -> None:
         """As `Session.save`."""
-        self._process.call("session.save", session=self._name, path=_absolute(path), replace=replace)
+        self._process.call("session.save", session=self._name, path=absolute(path), replace=replace)
 
 
 class _Remote(Channel):
@@ -350,7 +356,7 @@ def _object(line: bytes) -> dict[str, Any]:
 def _line(message: dict[str, Any]) -> bytes:
     """A request as a line. Raises OptionError: a value that JSON cannot hold."""
     try:
-        return json.dumps(message, allow_nan=False).encode("ascii") + b"\n"
+        return json.dumps(message, allow_nan=False, default=_plain).encode("ascii") + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         name, value = message["op"], error
         with contextlib.suppress(RecursionError):
@@ -358,6 +364,13 @@ def _line(message: dict[str, Any]) -> bytes:
         raise OptionError(
             name, got=repr(value), want="what JSON can hold: finite numbers, texts, lists, dicts"
         ) from None
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return value.item()
+    raise TypeError(type(value).__name__)
 
 
 def _unsaid(values: Any, name: str = "") -> tuple[str, Any] | None:
@@ -379,22 +392,14 @@ def _error(event: dict[str, Any]) -> Gemma3Error:
     return next((kind for kind in kinds if kind.code == event.get("code")), Gemma3Error)(str(event.get("message")))
 
 
-def _turn(images: Sequence[Picture], options: dict[str, Any]) -> dict[str, Any]:
-    return {"images": [_picture(image) for image in images], "options": options}
-
-
-def _picture(image: Picture) -> dict[str, str]:
-    if isinstance(image, str | Path):
-        return {"path": _absolute(image)}
-    if not isinstance(image, bytes):  # a Pillow image
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        image = buffer.getvalue()
-    return {"base64": base64.b64encode(image).decode("ascii")}
-
-
-def _absolute(path: str | Path) -> str:
-    """The worker may have another working directory."""
-    with contextlib.suppress(RuntimeError):  # `~name` of nobody, which the worker tells
-        path = Path(path).expanduser()
-    return str(Path(path).absolute())
+def _asked(
+    process: _Process, op: str, images: Pictures, options: dict[str, Any], said: Callable[[], dict[str, Any]]
+) -> Channel:
+    """Send a turn. What is wrong with its words and pictures is told by the channel, as by an engine's."""
+    try:
+        turn = {**said(), "images": [told(image) for image in snapshot.pictures(images)], "options": options}
+    except (PromptError, ImageError) as error:
+        failed = Channel()
+        failed.fail(error)
+        return failed
+    return process.ask(op, **turn)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from ..errors import RequestError
+from ..prompt.address import is_address
 
 VERSION = 1
 ENDS = ("ok", "done", "error")  # each request gets exactly one event of these kinds, its last
@@ -62,7 +63,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "object": ((dict,), "an object"),
     "list": ((list,), "a list of objects"),
     "content": ((str, list), "a string or a list of objects"),
-    "pictures": ((list,), 'a list of {"path": …} or {"base64": …}'),
+    "pictures": ((list,), 'a list of {"path": …}, {"url": …} or {"base64": …}'),
 }
 
 
@@ -103,7 +104,7 @@ def identity(message: Mapping[str, Any]) -> Id:
 
 
 def check(message: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The op of a request and its fields, of the right kinds; pictures as paths and bytes.
+    """The op of a request and its fields, of the right kinds; pictures as paths, addresses and bytes.
 
     Raises:
         RequestError: an unknown op or field, one that is missing, or of a wrong kind.
@@ -137,9 +138,11 @@ def _is(value: object, kind: str) -> bool:
     return not isinstance(value, list) or all(isinstance(item, dict) for item in value)
 
 
-def _picture(item: dict[str, Any]) -> Path | bytes:
+def _picture(item: dict[str, Any]) -> Path | bytes | str:
     if set(item) == {"path"} and isinstance(item["path"], str):
         return Path(item["path"])
+    if set(item) == {"url"} and is_address(item["url"]):
+        return str(item["url"])
     if set(item) == {"base64"} and isinstance(item["base64"], str):
         try:
             return base64.b64decode(item["base64"], validate=True)

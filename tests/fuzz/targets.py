@@ -53,3 +53,16 @@ def template(path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(tiny.text_config()), encoding="utf-8")
         (folder / path.name.partition("-")[2]).symlink_to(path.absolute())
         open_checkpoint(Source(str(folder), folder))
+
+
+def picture(path: Path) -> None:
+    """A picture's file, by its path and by its bytes, which must come to the same."""
+    from mlx_gemma3 import Gemma3Error, images
+
+    try:
+        by_path = images.load_image(path)
+    except Gemma3Error:
+        by_path = None
+    by_bytes = images.load_image(path.read_bytes())
+    assert by_path is not None and by_path.mode == "RGB" and by_path.size == by_bytes.size
+    images.to_pixels(by_bytes, 56)

@@ -56,5 +56,5 @@ def _item(item: dict[str, Any]) -> str:
         return str(item["text"]).strip()
     if "path" not in item:
         return "*(a picture)*"
-    path = Path(item["path"])
-    return f"![{path.name}](<{path}>)"
+    place = str(item["path"])  # or address
+    return f"![{place.rpartition('/')[2]}](<{place}>)"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+from ...prompt.address import is_address
+
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".heic", ".heif", ".avif"})
 
 _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)
@@ -65,15 +67,23 @@ def dropped(text: str) -> tuple[list[Path], str]:
 
 def paths(rest: str) -> list[Path]:
     """The paths named after a command, as a shell reads them; the whole as one where that is a file."""
+    return [_path(word) for word in _words(rest)]
+
+
+def pictures(rest: str) -> list[str | Path]:
+    """The same, where an address stays what it is."""
+    return [word if is_address(word) and not word.startswith("file:") else _path(word) for word in _words(rest)]
+
+
+def _words(rest: str) -> list[str]:
     if not rest:
         return []
-    if _is_file(whole := _path(rest)):
-        return [whole]
+    if _is_file(_path(rest)):
+        return [rest]
     try:
-        words = shlex.split(rest)
+        return shlex.split(rest)
     except ValueError:  # a quote without its other half
-        words = [rest]
-    return [_path(word) for word in words]
+        return [rest]
 
 
 def _joined(words: list[str]) -> str:

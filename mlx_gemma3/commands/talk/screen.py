@@ -254,6 +254,8 @@ def _hushed() -> Iterator[None]:
 def _reading(event: dict[str, Any], pace: Pace) -> str:
     """What a progress event tells."""
     done, total = event["done"], event["total"]
+    if event["stage"] == "download":
+        return f"fetching the picture · {done:,} bytes"
     if event["stage"] == "pictures":
         return "looking at the picture" if total == 1 else f"looking at {total} pictures"
     return f"reading {pace.text(done, total, 'tokens')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ class Attached:
     """A picture for a question."""
 
     name: str
-    source: str | Image  # a file's path, or the picture itself (from the clipboard)
+    source: str | Image  # a file's path, or the picture itself (from the clipboard, or fetched)
+    address: str | None = None  # where it was fetched
 
 
 @dataclass
@@ -163,13 +165,29 @@ class Talk:
             self.session.undo()
         self.prefill, self.pictures = turn.text, turn.pictures or []
 
-    def attach(self, path: Path) -> None:
-        """A picture for the next question. Raises ImageError when it cannot be read."""
+    def attach(self, source: str | Path) -> None:
+        """A picture for the next question: a path, or an address, which is fetched now.
+
+        Raises:
+            PromptError, ImageError: it cannot be fetched or read.
+        """
+        from ...prompt.address import opened, remote
         from ...prompt.images import load_image
 
-        width, height = load_image(path).size
-        self.pictures.append(Attached(path.name, str(path.absolute())))
-        self.screen.note(f"picture {len(self.pictures)}: {path.name}, {width} × {height}")
+        if remote(source):
+            self.screen.note("fetching the picture …")
+        content, called = opened(source)
+        image = load_image(content, name=called)
+        if isinstance(content, Path):
+            with suppress(RuntimeError):  # `~` of a user who is not there
+                content = content.expanduser()
+            picture = Attached(content.name, str(content.absolute()))
+        else:
+            address = source if isinstance(source, str) and remote(source) else None
+            name = address.partition("?")[0].rstrip("/").rpartition("/")[2] if address else "a picture"
+            picture = Attached(name, image, address)
+        self.pictures.append(picture)
+        self.screen.note(f"picture {len(self.pictures)}: {picture.name}, {image.width} × {image.height}")
 
     def new(self) -> None:
         """Begin a conversation with the system text of now."""
@@ -195,7 +213,7 @@ class Talk:
 
 def _placed(content: Sequence[dict[str, Any]], turn: Turn) -> list[dict[str, Any]]:
     """The items of a user's message, their paths added."""
-    paths = iter([picture.source for picture in turn.pictures or []])
+    paths = iter([picture.address or picture.source for picture in turn.pictures or []])
     items = []
     for item in content:
         path = next(paths, None) if item["type"] == "image" else None

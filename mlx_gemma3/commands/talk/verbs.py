@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from ...errors import OptionError, PromptError
 from . import export
 from .clipboard import clipboard
-from .lines import Command, Said, paths
+from .lines import Command, Said, paths, pictures
 from .talk import Attached, Talk
 
 
@@ -47,11 +47,11 @@ def _image(talk: Talk, rest: str) -> None:
         talk.pictures = []
         talk.screen.note("no picture waits any more")
         return
-    named = paths(rest)
+    named = pictures(rest)
     if not named:
         raise PromptError("/image", got="no path", want="one or more, in quotes where they hold spaces")
-    for path in named:
-        talk.attach(path)
+    for source in named:
+        talk.attach(source)
 
 
 def _paste(talk: Talk, _: str) -> None:
@@ -183,7 +183,14 @@ def _quit(talk: Talk, _: str) -> None:
 
 
 VERBS = (
-    Verb("image", "PATH…", "pictures for the next question; no path: none", _image, "pictures", needs_model=False),
+    Verb(
+        "image",
+        "PATH…",
+        "pictures for the next question, by path or address; no path: none",
+        _image,
+        "pictures",
+        needs_model=False,
+    ),
     Verb("paste", "", "the clipboard's picture, or its text", _paste, needs_model=False),
     Verb("edit", "", "change the last question and ask it again", _edit),
     Verb("retry", "", "another answer to the last question", _retry),
