@@ -98,6 +98,7 @@ def convert(
         OutputError: `out` is in use, at the start or at the end, is in or around the source, or the disk is full.
         Gemma3Error: what `load_model` would raise for the source.
     """
+    command = visible(command)
     began, named, out = time.perf_counter(), visible(str(out)), place(out)
     recipe = make_recipe(bits=bits, group_size=group_size, mode=mode, preset=preset, overrides=overrides)
     recipe = replace(recipe, search=recipe.search or search)

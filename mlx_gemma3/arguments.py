@@ -66,6 +66,14 @@ def argument(name: str, value: Any, kind: str | type, default: Any = inspect.Par
         raise OptionError(name, got=described(value), want=want) from None
 
 
+def elements(value: Any) -> list[Any] | None:
+    """What a list holds, or anything else that can be walked; None of what cannot."""
+    try:
+        return list(value)
+    except TypeError:
+        return None
+
+
 def described(value: object) -> str:
     """A value in words for an error, whatever its own words do."""
     try:

@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -24,8 +25,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mlx_gemma3.errors import ImageError
+from mlx_gemma3.prompt import picture_files
 from mlx_gemma3.prompt.images import MAX_PIXELS, load_image, pan_and_scan_boxes, to_pixels
 
 GOLDENS = Path(__file__).parent / "goldens" / "images"
@@ -413,6 +416,131 @@ def test_flipped_bytes_raise_nothing_else(name: str) -> None:
             assert "\n" not in str(error)
         else:
             assert picture.mode == "RGB"
+
+
+# --- bounds on the work --------------------------------------------------------------------------------------------
+
+
+def progressive(width: int, height: int, scans: int) -> bytes:
+    """A grey progressive JPEG of empty scans: the first one sends the averages, the others nothing more."""
+    data = encode(Image.new("L", (width, height), 128), "JPEG", progressive=True)
+    starts = [match.start() for match in re.finditer(rb"\xff\xda", data)]
+    last = data[starts[-1] : -2]
+    return data[:-2] + last * (scans - len(starts)) + b"\xff\xd9"
+
+
+def test_scans_are_bounded_by_the_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "slow.jpg"
+    path.write_bytes(progressive(8000, 8000, 400))
+    for source in (path, path.read_bytes()):
+        began = time.process_time()
+        assert "got 400 scans of 64000000 pixels, want at most 31" in refusal(source)
+        assert time.process_time() - began < 1
+    assert load_image(progressive(40, 40, 400)).size == (40, 40)
+    assert load_image(encode(Image.new("RGB", (4000, 3000)), "JPEG", progressive=True)).size == (4000, 3000)
+
+
+def test_scans_of_thumbnails_and_of_what_follows_do_not_count() -> None:
+    inner = progressive(8, 8, 60)
+    data = progressive(3000, 3000, 10)
+    exif = b"\xff\xe1" + struct.pack(">H", 2 + len(inner)) + inner
+    assert picture_files._scans(data[:2] + exif + data[2:]) == 10
+    assert picture_files._scans(data + inner) == 10
+    assert picture_files._scans(data[:-2]) == 10 and picture_files._scans(b"\xff\xd8\xff") == 0
+    for length in range(0, len(inner), 7):
+        assert picture_files._scans(inner[:length]) <= 60
+
+
+@pytest.mark.parametrize("deep", ["I;16", "I", "F"])
+def test_the_largest_pictures_take_two_seconds(deep: str) -> None:
+    """The slowest of the modes, by their share of the largest picture: no second of margin on a slow machine."""
+    side = 3464
+    picture = Image.new(deep, (side, side), 700)
+    data = encode(
+        picture, "PNG" if deep == "I;16" else "TIFF", **({} if deep == "I;16" else {"compression": "tiff_lzw"})
+    )
+    began = time.process_time()
+    assert load_image(data).size == (side, side)
+    assert (time.process_time() - began) * MAX_PIXELS / side**2 < 8  # two seconds where nothing else runs
+
+
+def test_a_tiff_in_a_million_strips() -> None:
+    with pytest.raises(ImageError, match="too many strips or tiles: got 200000"):
+        picture_files.check_parts("picture", 200_000)
+    tall = encode(Image.new("L", (4, 300)), "TIFF", strip_size=4)
+    assert load_image(tall).size == (4, 300)
+
+
+def test_profiles_and_texts_of_any_size_are_passed_over() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    info = PngInfo()
+    info.add_text("a", "x" * 2_000_000, zip=True)
+    info.add_text("b", "y" * 3_000_000)
+    info.add_itxt("c", "z" * 2_000_000, zip=True)
+    picture = Image.fromarray(noise(20, 10))
+    data = encode(picture, "PNG", pnginfo=info, exif=exif, icc_profile=b"p" * 3_000_000)
+    assert np.array_equal(array(load_image(data)), np.rot90(array(picture), -1)), "eXIf still turns it"
+    after = data[:-12] + png_chunk(b"tEXt", b"d\0" + b"w" * 70_000_000) + data[-12:]
+    assert load_image(after).size == (10, 20)
+    assert "damaged" in refusal(data[: len(data) // 2])
+
+
+def test_a_text_that_turns_the_picture_is_read() -> None:
+    xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    for packed in (False, True):
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp, zip=packed)
+        data = encode(Image.fromarray(noise(20, 10)), "PNG", pnginfo=info)
+        assert load_image(data).size == (10, 20)
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp + " " * 2_000_000, zip=True)
+    assert load_image(encode(Image.fromarray(noise(20, 10)), "PNG", pnginfo=info)).size == (20, 10)
+
+
+# --- one transparent colour ----------------------------------------------------------------------------------------
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_of(width: int, depth: int, colour: int, row: bytes, clear: tuple[int, ...]) -> bytes:
+    """A PNG of one row, with a tRNS chunk."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    trns = struct.pack(f">{len(clear)}H", *clear)
+    parts = [(b"IHDR", header), (b"tRNS", trns), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, body) for kind, body in parts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "clear", "want"),
+    [
+        (1, 0, b"\x40", (0,), [255, 255]),
+        (1, 0, b"\x40", (1,), [0, 255]),
+        (2, 0, b"\x60", (1,), [255, 170]),
+        (4, 0, b"\x5a", (5,), [255, 170]),
+        (8, 0, b"\x55\xaa", (85,), [255, 170]),
+        (16, 0, b"\x12\x34\x56\x56", (0x1234,), [255, 86]),
+        (8, 2, b"\x55\0\0\xaa\xaa\xaa", (85, 0, 0), [255, 170]),
+        (16, 2, b"\xff\xff\0\0\0\0" + b"\xaa" * 6, (65535, 0, 0), [255, 170]),
+        (16, 2, b"\xff\0\0\0\0\0" + b"\xaa" * 6, (0xFF00, 0, 0), [255, 170]),
+    ],
+)
+def test_one_transparent_colour_is_white(
+    depth: int, colour: int, row: bytes, clear: tuple[int, ...], want: list
+) -> None:
+    data = png_of(2, depth, colour, row, clear)
+    for source in (data, Image.open(BytesIO(data))):
+        levels = array(load_image(source))
+        assert levels[0].tolist() == [[level] * 3 for level in want]
+    assert np.array_equal(array(load_image(load_image(data))), levels)
+
+
+def test_a_deep_colour_is_compared_whole() -> None:
+    for clear in ((0xFF01, 0, 0), (0xFF00, 1, 0)):
+        data = png_of(2, 16, 2, b"\xff\0\0\0\0\0" + b"\xaa" * 6, clear)
+        assert array(load_image(data))[0].tolist() == [[255, 0, 0], [170, 170, 170]]
 
 
 # --- a good neighbour ----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..arguments import described, elements
 from ..errors import PromptError, TemplateError
 from .address import decoded
 
@@ -39,10 +40,11 @@ def read(messages: Any) -> Any:
     Raises:
         PromptError: an item that is no text and no picture, or a message that asks for more.
     """
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
+    given = None if isinstance(messages, str | bytes | Mapping) else elements(messages)
+    if given is None:
         return messages
-    made = [_message(message, number) for number, message in enumerate(messages, start=1)]
-    if made and isinstance(made[0], dict) and made[0].get("role") == "system":
+    made = [_message(message, number) for number, message in enumerate(given, start=1)]
+    if made and isinstance(made[0], dict) and isinstance(role := made[0].get("role"), str) and role == "system":
         made[0] = _system(made[0])
     return made
 
@@ -55,11 +57,11 @@ def check_roles(messages: Iterable[Any]) -> None:
     """
     for number, message in enumerate(messages, start=1):
         role = message.get("role") if isinstance(message, Mapping) else None
-        if isinstance(role, str) and role not in ROLES:
-            tool = role in ("tool", "function", "ipython")
+        if role is not None and not (isinstance(role, str) and role in ROLES):
+            tool = isinstance(role, str) and role in ("tool", "function", "ipython")
             raise TemplateError(
                 f"message {number}: role",
-                got=repr(role),
+                got=described(role),
                 want=", ".join(ROLES),
                 do="say what a tool found in a user message" if tool else "",
             )
@@ -75,9 +77,10 @@ def items(content: Any, where: str = "content") -> list[dict[str, Any]]:
         return [{"type": "text", "text": content}]
     if isinstance(content, Mapping):
         content = [content] if content else []
-    if isinstance(content, bytes | bytearray | memoryview) or not isinstance(content, Iterable):
+    given = None if isinstance(content, bytes | bytearray | memoryview) else elements(content)
+    if given is None:
         raise PromptError(where, got=type(content).__name__, want="a text or a list of items")
-    return [_item(item, f"{where}, item {number}") for number, item in enumerate(content, start=1)]
+    return [_item(item, f"{where}, item {number}") for number, item in enumerate(given, start=1)]
 
 
 def _message(message: Any, number: int) -> Any:
@@ -95,8 +98,8 @@ def _message(message: Any, number: int) -> Any:
     elif "content" not in message and "role" in message:
         raise PromptError(f"{where}: content", got=f"none, only {', '.join(map(str, message))}", want="a text or items")
     content = made.get("content")
-    if isinstance(content, Iterable) and not isinstance(content, str | bytes | bytearray | memoryview):
-        made["content"] = items(content, where)
+    if not isinstance(content, str | bytes | bytearray | memoryview) and (given := elements(content)) is not None:
+        made["content"] = items(content if isinstance(content, Mapping) else given, where)
     pictures = message.get("images")
     if pictures is not None:
         made["content"] = [*_beside(pictures, where), *items(made.get("content") or [], where)]

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..arguments import described, elements, takes
 from ..errors import TemplateError
 from .vocabulary import BOS, END_OF_TURN, START_OF_IMAGE, START_OF_TURN
 
@@ -76,6 +77,7 @@ def _normal_form(template: str) -> str:
     return "".join(tags)
 
 
+@takes(add_generation_prompt="switch", continue_final_message="switch")
 def render_chat(
     messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False
 ) -> str:
@@ -111,17 +113,19 @@ def render_pieces(
     pieces: list[str] = [Control(BOS)]
     for index, message in enumerate(turns):
         role = message.get("role")
-        if (role == "user") != (index % 2 == 0):
+        if (isinstance(role, str) and role == "user") != (index % 2 == 0):
             raise TemplateError(
                 "Conversation roles must alternate user/assistant/user/assistant/...",
-                got=f"{role!r} as turn {index + 1}",
+                got=f"{described(role)} as turn {index + 1}",
                 do="only a system message may stand before the first user message",
             )
         if "role" not in message:
             raise TemplateError("'dict object' has no attribute 'role'", got=f"none in turn {index + 1}")
         if not isinstance(role, str):
             raise TemplateError(
-                f'can only concatenate str (not "{type(role).__name__}") to str', got=f"role {role!r}", want="a text"
+                f'can only concatenate str (not "{type(role).__name__}") to str',
+                got=f"role {described(role)}",
+                want="a text",
             )
         name = "model" if role == "assistant" else role
         pieces += [Control(START_OF_TURN), f"{name}\n{prefix if index == 0 else ''}"]
@@ -139,10 +143,11 @@ def render_pieces(
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Copies without the None values, which count as absent (OpenAI clients send `content: None`)."""
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
+    given = None if isinstance(messages, str | bytes | Mapping) else elements(messages)
+    if given is None:
         raise TemplateError("messages", got=type(messages).__name__, want="a list of dicts with role and content")
     chat = []
-    for message in messages:
+    for message in given:
         if not isinstance(message, Mapping):
             raise TemplateError(
                 f"'{type(message).__name__}' object has no attribute 'items'", want="messages of role and content"
@@ -155,7 +160,7 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _folded_system(chat: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """(what stands before the first user text, the turns). Only the first item of a list is used, and not trimmed."""
-    if chat[0].get("role") != "system":
+    if not _is_system(chat[0]):
         return "", chat
     if "content" not in chat[0]:
         raise TemplateError("'dict object' has no attribute 'content'", got="a system message without content")
@@ -164,7 +169,7 @@ def _folded_system(chat: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]
         return f"{content}\n\n", chat[1:]
     if not isinstance(content, list | tuple) or not content:
         kind = _jinja_type(content)
-        raise TemplateError(f"{kind} has no element 0", got=f"system content {content!r}", want="a text")
+        raise TemplateError(f"{kind} has no element 0", got=f"system content {described(content)}", want="a text")
     item = content[0]
     if not isinstance(item, Mapping) or "text" not in item:
         raise TemplateError(
@@ -174,18 +179,24 @@ def _folded_system(chat: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]
         )
     text = item["text"]
     if not isinstance(text, str):
-        raise TemplateError(_not_joined(text), got=f"system text {text!r}")
+        raise TemplateError(_not_joined(text), got=f"system text {described(text)}")
     return f"{text}\n\n", chat[1:]
+
+
+def _is_system(message: Message) -> bool:
+    role = message.get("role")
+    return isinstance(role, str) and role == "system"
 
 
 def _content(content: Any) -> list[str]:
     """A message's content, every text trimmed by itself and nothing put between them."""
     if isinstance(content, str):
         return [content.strip()]
-    if isinstance(content, bytes) or not isinstance(content, Iterable):
+    given = None if isinstance(content, bytes) else elements(content)
+    if given is None:
         raise TemplateError("Invalid content type", got=type(content).__name__, want="a text or a list of items")
     pieces: list[str] = []
-    for item in content:
+    for item in given:
         if not isinstance(item, Mapping):
             continue
         if item.get("type") == "image":

@@ -19,7 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import PromptError, TokenizerError
+from ..arguments import argument, described, elements, takes
+from ..errors import OptionError, PromptError, TokenizerError
 from ..paths import cache_folder
 from ..writing import clear_abandoned, write_whole
 from .vocabulary import BOS, BYTE_PIECE, SPACE, added_tokens_file, is_gguf, read_vocabulary
@@ -63,6 +64,7 @@ class Tokenizer:
         self._built = built
 
     @classmethod
+    @takes(folder="path")
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """Open a checkpoint folder's tokenizer.model or, without one, its tokenizer.json.
 
@@ -71,13 +73,15 @@ class Tokenizer:
         """
         folder = Path(folder)
         for name in ("tokenizer.model", "tokenizer.json"):
-            if (folder / name).is_file():
-                return cls.from_file(folder / name)
+            with suppress(OSError):  # a name that is too long
+                if (folder / name).is_file():
+                    return cls.from_file(folder / name)
         raise TokenizerError(
             f"{folder}", got="no tokenizer", want="tokenizer.model or tokenizer.json", do="copy it from the checkpoint"
         )
 
     @classmethod
+    @takes(path="path")
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Open a tokenizer.model, a tokenizer.json, or the vocabulary in a GGUF file's header.
 
@@ -91,8 +95,9 @@ class Tokenizer:
         path = Path(path)
         try:
             cached = cache_folder() / "vocabularies" / f"{_content_key(path)}.bin"
-        except OSError as error:
-            raise TokenizerError(f"{path}", got=error.strerror, want="a readable tokenizer file") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
+            got = error.strerror if isinstance(error, OSError) else error
+            raise TokenizerError(f"{path}", got=got, want="a readable tokenizer file") from None
         with suppress(OSError):
             if (found := _Built.from_bytes(cached.read_bytes())) is not None:
                 clear_abandoned(cached.parent)
@@ -114,17 +119,22 @@ class Tokenizer:
         """The control tokens, which `special=False` never produces and `skip_special` leaves out."""
         return frozenset(map(self.id, self._built.special))
 
+    @takes(piece="text")
     def id(self, piece: str) -> int:
         """The id of exactly this piece.
 
         Raises:
             TokenizerError: there is no such piece.
         """
-        token = int(self._sentencepiece.piece_to_id(piece))
+        try:
+            token = int(self._sentencepiece.piece_to_id(piece))
+        except (UnicodeEncodeError, TypeError):  # half a surrogate pair; which of the two, its version decides
+            token = self.vocab_size
         if token >= self.vocab_size or self._sentencepiece.id_to_piece(token) != piece:
             raise TokenizerError("piece", got=repr(piece), want="one of the vocabulary")
         return token
 
+    @takes(text="text", bos="switch", special="switch")
     def encode(self, text: str, *, bos: bool = False, special: bool = True) -> list[int]:
         """Text to ids.
 
@@ -152,14 +162,18 @@ class Tokenizer:
                 ids.extend(self._sentencepiece.encode(part))
         return ids
 
+    @takes(skip_special="switch")
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Ids to text. Ids without a piece are left out, as in the reference; U+2581 becomes a space.
 
         Raises:
             TokenizerError: a negative id.
+            OptionError: no ids.
         """
+        if (tokens := elements(ids)) is None:
+            raise OptionError("ids", got=described(ids), want="whole numbers")
         stream = self.stream(skip_special=skip_special)
-        return "".join([stream.push(token) for token in ids]) + stream.finish()
+        return "".join([stream.push(argument("ids", token, "whole")) for token in tokens]) + stream.finish()
 
     def stream(self, *, skip_special: bool = True) -> StreamDecoder:
         """A decoder for ids that arrive one by one."""
@@ -171,6 +185,8 @@ class Tokenizer:
         Raises:
             TokenizerError: a negative id.
         """
+        if not isinstance(token, int) or isinstance(token, bool):
+            token = argument("token", token, "whole")
         if token < 0:
             raise TokenizerError("token id", got=token, want=">= 0")
         return str(self._sentencepiece.id_to_piece(int(token))) if token < self.vocab_size else ""
