@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from picture_server import serving
 from PIL import Image
 from test_house import loaded_after
 
@@ -115,6 +116,21 @@ def test_a_question_stopped_before_its_answer_is_given_back(talk: Talk, folder: 
     hold(talk)
     do(talk, "/retry")
     assert (talk.prefill, talk.turns, asked(talk)) == ("one", [], [])
+
+
+def test_a_picture_by_its_address(talk: Talk, folder: Path) -> None:
+    with serving((folder / "triangle.png").read_bytes()) as server:
+        assert "triangle" not in do(talk, f"/image {server}/good.png?key=secret")[-1]
+        assert do(talk, f"/image triangle.png {server}/moved")[-1].startswith("picture 3: moved, ")
+        do(talk, "what?")
+        assert (talk.usage or {})["images"] == 3
+        with pytest.raises(ImageError, match="404"):
+            do(talk, f"/image {server}/missing")
+        do(talk, f"/export {folder / 'talk.md'}")
+        assert f"![moved](<{server}/moved>)" in (folder / "talk.md").read_text("utf-8")
+        words = [sys.executable, "-m", "mlx_gemma3.cli", "chat", "-i", f"{server}/good.png", "-i", "-"]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and "picture 1: good.png" in done.stderr and "questions come from" in done.stderr
 
 
 def test_retry_edit_and_undo_change_the_last_turn_only(talk: Talk, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import pty
@@ -9,12 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+from picture_server import serving
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import mlx_gemma3 as g3
 
@@ -99,6 +103,55 @@ def test_markers_place_the_pictures(run: Run, chat_folder: Path, picture: Path) 
     assert events(run(*flags, "a {image} b"))[-1]["tokens"] == want.tokens
     before = run(*flags, "what {{image}}")
     assert events(before)[-1]["usage"]["images"] == 1
+
+
+def test_a_picture_by_its_address_or_from_standard_input(run: Run, chat_folder: Path, picture: Path) -> None:
+    flags = ("generate", "-m", chat_folder, *GREEDY, "--json")
+    want = events(run(*flags, "-i", picture, "hi"))[-1]["tokens"]
+    encoded = base64.b64encode(picture.read_bytes()).decode()
+    with serving(picture.read_bytes()) as server:
+        for source in (f"{server}//good.png", f"data:image/png;base64,{encoded}", picture.as_uri()):
+            assert events(run(*flags, "-i", source, "hi"))[-1]["tokens"] == want, source
+        missing = run(*flags, "-i", f"{server}/missing", "hi")
+        assert missing.returncode == 1 and "404" in missing.stderr and missing.stderr.count("\n") == 1
+    slashes = next(url for url in data_urls() if "//" in url)
+    assert events(run(*flags, "-i", slashes, "hi"))[-1]["usage"]["images"] == 1
+    piped = subprocess.run(
+        [*COMMAND, *map(str, flags), "-i", "-", "hi"], input=picture.read_bytes(), capture_output=True, timeout=120
+    )
+    assert json.loads(piped.stdout.splitlines()[-1])["tokens"] == want and piped.stderr == b""
+    for words, why in (
+        (("-i", "-"), "nothing on standard input"),
+        (("-i", "-", "-i", "-"), "given twice"),
+        (("-i", str(picture), "https://example.org/b.png"), "each picture needs its own --image"),
+    ):
+        done = run(*flags, *words)
+        assert done.returncode == 1 and why in done.stderr, done.stderr
+
+
+def data_urls() -> Iterator[str]:
+    """The same picture, each time with another note in it."""
+    for number in range(2000):
+        buffer, info = io.BytesIO(), PngInfo()
+        info.add_text("n", str(number))
+        Image.new("RGB", (30, 30), "red").save(buffer, "PNG", pnginfo=info)
+        yield f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def test_an_answer_goes_on_from_its_beginning(run: Run, chat_folder: Path, picture: Path) -> None:
+    flags = ("generate", "-m", chat_folder, *GREEDY, "--prefill", " the model ")
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the model"}]
+    with g3.load(chat_folder) as engine:
+        want = engine.generate(begun, continue_final_message=True, temperature=0, max_tokens=6)
+        items = [{"type": "image"}, {"type": "text", "text": "hi"}]
+        seen = [{"role": "user", "content": items}, begun[1]]
+        looked = engine.generate(seen, images=[picture], continue_final_message=True, temperature=0, max_tokens=6)
+    done = run(*flags, "hi")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"the model{want.text}\n", "")
+    assert events(run(*flags, "--json", "-i", picture, "hi"))[-1]["tokens"] == looked.tokens
+    for other in (("--raw",), ("--session", "a")):
+        done = run(*flags, *other, "hi")
+        assert done.returncode == 1 and f"--prefill: got {other[0]}" in done.stderr
 
 
 def test_raw_completes_text_also_on_a_chat_model(run: Run, chat_folder: Path, picture: Path) -> None:

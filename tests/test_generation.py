@@ -110,6 +110,26 @@ def test_greedy_takes_the_best_and_needs_no_key() -> None:
     assert sample(logits, Sampling(temperature=0), None).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("temperature", [9.9e-7, 1e-7, 1e-20, 1e-37, 1e-38, 1e-45, 1e-300, 5e-324])
+@pytest.mark.parametrize("top_k", [0, 64])
+def test_temperatures_next_to_nothing_are_greedy(temperature: float, top_k: int) -> None:
+    """Also where dividing by them would overflow, or round the likeliest two to one."""
+    logits = np.random.default_rng(3).normal(0, 3, (1, 5000)).astype(np.float32)
+    logits[0, 777], logits[0, 4001] = 31.999998, 32.0
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=1.0)
+    for seed in range(20):
+        assert sample(mx.array(logits), sampling, mx.random.key(seed)).tolist() == [4001]
+
+
+def test_the_least_temperature_that_draws_and_the_least_share() -> None:
+    logits = mx.zeros((1, 100))
+    drawn = {int(sample(logits, Sampling(temperature=1e-6), mx.random.key(seed)).item()) for seed in range(40)}
+    assert len(drawn) > 5
+    for share in (1e-30, 1e-45, 1e-300):
+        best = mx.array([[0.0, 3.0, 1.0]])
+        assert sample(best, Sampling(top_p=share, top_k=0), mx.random.key(1)).item() == 1
+
+
 def test_penalty_divides_positive_and_multiplies_negative_logits() -> None:
     got = penalise(mx.array([[2.0, -2.0, 2.0, -2.0]]), mx.array([[True, True, False, False]]), 2.0)
     assert got.tolist() == [[1.0, -4.0, 2.0, -2.0]]

@@ -10,7 +10,7 @@ from typing import Any, cast
 from ...errors import OptionError
 from ...runtime.options import Options, OptionValues
 
-# As they are typed in; str stands for several texts. The other two fields of Options belong to the whole conversation.
+# As they are typed in; str stands for several texts. The other fields of Options belong to the whole conversation.
 KINDS: dict[str, type] = {
     "max_tokens": int,
     "temperature": float,

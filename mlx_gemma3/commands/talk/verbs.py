@@ -186,7 +186,7 @@ VERBS = (
     Verb(
         "image",
         "PATH…",
-        "pictures for the next question, by path or address; no path: none",
+        "pictures for the next question; no path: none",
         _image,
         "pictures",
         needs_model=False,
