@@ -133,7 +133,7 @@ def test_other_ways_to_say_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for source in (
         str(path), "~/a b.png", path.as_uri(), f"file://localhost{path.as_posix().replace(' ', '%20')}",
         f"data:image/png;base64,{ENCODED}", f"DATA:;BASE64,{unpadded}", ENCODED, unpadded,
-        base64.encodebytes(PICTURE).decode(), path, PICTURE,
+        base64.encodebytes(PICTURE).decode(), path, PICTURE, "file://~/a%20b.png",
     ):  # fmt: skip
         content, name = opened(source)
         assert load_image(content, name=name).size == (50, 40), source

@@ -75,6 +75,8 @@ def opened(source: Any, progress: Progress | None = None) -> tuple[Any, str | No
         return _data(source), None
     if scheme == "file":
         parts = urlsplit(source)
+        if parts.netloc in (".", "..", "~"):  # no address, but what people write
+            return Path(url2pathname(parts.netloc + parts.path)), None
         if parts.netloc not in ("", "localhost"):
             raise PromptError(
                 f"picture {source}", got=f"a file of the machine {parts.netloc}", want="one of this machine"

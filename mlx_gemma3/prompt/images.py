@@ -112,6 +112,8 @@ def load_image(source: str | Path | bytes | Image.Image, *, name: str | None = N
         read = _reader(form, name)
         if form == "PNG":
             file = lean_png(file, name)
+        elif form == "TIFF":
+            check_parts(file, name)
         with _reading(name, f"{form} file", do="save or download it again"), read(file) as picture:
             _check_size(name, picture.size)
             if form == "JPEG":
@@ -119,8 +121,6 @@ def load_image(source: str | Path | bytes | Image.Image, *, name: str | None = N
                 file.seek(0)
                 check_scans(file, name, picture.width * picture.height)
                 file.seek(place)
-            elif form == "TIFF":
-                check_parts(name, len(picture.tile))
             return to_rgb(picture)
 
 

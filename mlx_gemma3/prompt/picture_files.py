@@ -125,10 +125,32 @@ def _orients(kind: bytes, content: bytes) -> bool:
         return False
 
 
-def check_parts(name: str, count: int) -> None:
-    """Refuse a TIFF in more strips or tiles than any program writes. Raises ImageError."""
+def check_parts(file: IO[bytes], name: str) -> None:
+    """Refuse a TIFF in more strips or tiles than any program writes. What is damaged is left to the decoder.
+
+    Raises:
+        ImageError: over MAX_PARTS.
+    """
+    count = _parts(file)
+    file.seek(0)
     if count > MAX_PARTS:
         raise ImageError(f"{name}: too many strips or tiles", got=count, want=f"at most {MAX_PARTS}", do="save it anew")
+
+
+def _parts(file: IO[bytes]) -> int:
+    """How many offsets of strips or tiles the first directory of a TIFF or BigTIFF names."""
+    head = file.read(16)
+    order, big = "<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+")
+    entry, first, length = ("HHQQ", "8xQ", "Q") if big else ("HHLL", "4xL", "H")
+    try:
+        (at,) = struct.unpack_from(order + first, head)
+        file.seek(at)
+        (entries,) = struct.unpack(order + length, file.read(8 if big else 2))
+        table = file.read(min(entries, 1 << 12) * struct.calcsize(order + entry))
+        found = struct.iter_unpack(order + entry, table)
+        return max((values for tag, _, values, _ in found if tag in (273, 324)), default=0)
+    except (struct.error, ValueError, OverflowError, OSError):
+        return 0
 
 
 def _whole(file: IO[bytes], name: str) -> bytes:
