@@ -113,6 +113,22 @@ def test_every_turn_that_generate_says_was_kept_is_in_the_file(
     assert [file.name for file in tmp_path.iterdir()] == ["talk"]
 
 
+def test_what_a_killed_save_left_is_cleared_by_the_next(session: g3.Session, tmp_path: Path) -> None:
+    (tmp_path / ".talk.0123456789abcdef.writing").write_bytes(b"half")
+    session.save(tmp_path / "talk")
+    assert [file.name for file in tmp_path.iterdir()] == ["talk"]
+
+
+def test_a_full_disk_is_called_that(session: g3.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="no space left"):
+        session.save(tmp_path / "talk")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_link_stays_a_link_and_the_file_is_for_its_owner_alone(
     engine: g3.Engine, session: g3.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
