@@ -295,6 +295,8 @@ def test_killed_while_saving_the_file_is_the_old_or_the_new_one(
         child.wait()
         child.stdout.close()
         lengths.add(len(engine.session(resume=path).messages))
+    engine.session(resume=path).save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["talk"], "what the killed ones left is cleared"
     assert len(lengths) > 3 and np.all(np.array(sorted(lengths)) % 2 == 0)
 
 

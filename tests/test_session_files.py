@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny
+import tiny_tokenizer
 
 import mlx_gemma3 as g3
 from mlx_gemma3.errors import OutputError, SessionError
@@ -113,6 +116,22 @@ def test_every_turn_that_generate_says_was_kept_is_in_the_file(
     assert [file.name for file in tmp_path.iterdir()] == ["talk"]
 
 
+def test_what_a_killed_save_left_is_cleared_by_the_next(session: g3.Session, tmp_path: Path) -> None:
+    (tmp_path / ".talk.0123456789abcdef.writing").write_bytes(b"half")
+    session.save(tmp_path / "talk")
+    assert [file.name for file in tmp_path.iterdir()] == ["talk"]
+
+
+def test_a_full_disk_is_called_that(session: g3.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="no space left"):
+        session.save(tmp_path / "talk")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_link_stays_a_link_and_the_file_is_for_its_owner_alone(
     engine: g3.Engine, session: g3.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +148,55 @@ def test_a_link_stays_a_link_and_the_file_is_for_its_owner_alone(
     session.save("~/home")
     assert said(engine, "~/home") == said(engine, tmp_path / "home")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["home", "link", "talk"]
+
+
+@pytest.mark.parametrize(("kv_bits", "local_kv_bits"), [(8, 16), (4, 8)])
+def test_packed_rows_come_back_as_they_were(kv_bits: int, local_kv_bits: int, tmp_path: Path) -> None:
+    values = tiny.image_config(head_dim=64)
+    folder = tiny.write_folder(tmp_path / "model", values, tiny.random_tensors(values, seed=3))
+    tiny_tokenizer.write_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "…"}', encoding="utf-8")
+    with g3.load(folder, kv_bits=kv_bits, local_kv_bits=local_kv_bits) as packed:
+        here = packed.session()
+        here.send("the user is in the model " * 4, max_tokens=40, temperature=1.0, seed=1, stop=["\0"]).reply
+        here.save(tmp_path / "talk")
+        there = packed.session(resume=tmp_path / "talk")
+        wanted, reply = (talk.send("is it", **OPTIONS).reply for talk in (here, there))
+        assert reply.tokens == wanted.tokens and reply.usage["processed_tokens"] == wanted.usage["processed_tokens"]
+    with g3.load(folder) as plain, pytest.raises(SessionError, match="kv_bits"):
+        plain.session(resume=tmp_path / "talk")
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_whatever_was_said_and_taken_back_is_read_again(
+    engine: g3.Engine, count: int, tmp_path: Path, folder: Path
+) -> None:
+    """Random turns, pictures, edits and cancels: what writing gives, reading takes, and it says the same."""
+    path = tmp_path / "talk"
+    for seed in range(count):
+        rng = random.Random(seed)
+        talk = engine.session(system=rng.choice((None, "terse")))
+        for _ in range(rng.randint(1, 6)):
+            match rng.randrange(6):
+                case 0 if talk.messages and talk.messages[-1]["role"] != "system":
+                    talk.undo()
+                case 1 if talk.messages and talk.messages[-1]["role"] != "system":
+                    talk.retry(max_tokens=rng.choice((1, 50)), seed=seed).reply
+                case 2:
+                    stream = talk.send("the model is in " * rng.randint(1, 30), max_tokens=900, temperature=1.5)
+                    for _ in range(rng.randint(0, 12)):
+                        stream.next()
+                    stream.cancel()
+                    _ = stream.reply
+                case _:
+                    images = [folder / "triangle.png"] * rng.choice((0, 0, 1, 2))
+                    wide = {"pan_and_scan": rng.random() < 0.5}
+                    talk.send("the user", images=images, max_tokens=rng.choice((1, 60)), seed=seed, **wide).reply
+            talk.save(path)
+            again = engine.session(resume=path)
+            assert again.messages == talk.messages and again.tokens == talk.tokens
+            if rng.random() < 0.5:
+                talk = again
 
 
 def test_only_regular_files_are_read_and_written(engine: g3.Engine, session: g3.Session, tmp_path: Path) -> None:

@@ -245,6 +245,17 @@ def test_damaged_parts(parts: types.ModuleType, tmp_path: Path, content: bytes) 
     assert not (tmp_path / "cache").exists() or not everything_in(tmp_path / "cache")
 
 
+def test_where_a_home_cannot_be_written_a_temporary_folder_will_do(
+    parts: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLX_GEMMA3_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "part0"))  # a file
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = resolve("tiny").path
+    assert found.parent == tmp_path / f"mlx-gemma3-{os.getuid()}" and resolve("tiny").path == found
+
+
 def test_a_cache_that_cannot_be_written(
     parts: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

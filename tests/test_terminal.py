@@ -55,7 +55,7 @@ def test_only_two_files_write() -> None:
 def test_an_answer_is_exact_in_a_pipe_and_filtered_on_a_terminal(hostile: Path) -> None:
     whole = every_piece(hostile)
     assert all(chr(code) in whole for code in (*range(128), *range(0x80, 0xA0), 0x202E))
-    words = ("generate", "-m", str(hostile), *GREEDY, "hi")
+    words = ("generate", "-q", "-m", str(hostile), *GREEDY, "hi")
     piped = subprocess.run([*PROGRAM, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert (piped.returncode, piped.stdout.decode(), piped.stderr) == (0, whole + "\n", b"")
     with Seen(*words, folder=hostile.parent, stdin=subprocess.DEVNULL) as seen:
@@ -196,7 +196,7 @@ def test_a_worker_without_its_pipes_says_so() -> None:
 def test_what_an_encoding_cannot_say_is_replaced(hostile: Path) -> None:
     for encoding in ("ascii", "latin-1"):
         said = {**os.environ, "PYTHONIOENCODING": encoding}
-        done = program("generate", "-m", hostile, *GREEDY, "hi", env=said, encoding=encoding)
+        done = program("generate", "-q", "-m", hostile, *GREEDY, "hi", env=said, encoding=encoding)
         assert done.returncode == 0 and "?|255|" in done.stdout and done.stderr == ""
         assert program("inspect", "/a/中é", env=said, encoding=encoding).stderr.count("\n") == 1
     done = subprocess.run([*PROGRAM, "inspect", b"/caf\xe9"], capture_output=True, timeout=60)
@@ -274,9 +274,15 @@ def test_a_prompt_does_not_wait_for_a_pipe_that_nobody_closes(chat_folder: Path)
     ours, theirs = socket.socketpair()
     alone, _ = generated(chat_folder, "the model")
     began = time.monotonic()
-    for stdin in (read, theirs):
-        found, said = generated(chat_folder, "the model", stdin=stdin)
-        assert found == alone and said.startswith("note: nothing came on standard input within 5 seconds")
+    words = ("generate", "-m", str(chat_folder), *GREEDY, "--max-tokens", "1", "--json", "the model")
+    waiting = [
+        subprocess.Popen([*PROGRAM, *words], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for stdin in (read, theirs)
+    ]
+    for child in waiting:
+        answered, said = child.communicate(timeout=60)
+        assert json.loads(answered.splitlines()[-1])["usage"]["prompt_tokens"] == alone
+        assert said.startswith("note: nothing came on standard input within 5 seconds")
     assert time.monotonic() - began < 30
     for end in (read, write):
         os.close(end)
@@ -456,7 +462,7 @@ def test_history_and_exports_are_private_and_follow_no_link(chat_folder: Path, t
 # Tiny terminals
 
 
-@pytest.mark.parametrize("columns", [1, 2, 5, 20])
+@pytest.mark.parametrize("columns", [1, 20])
 def test_tiny_terminals(chat_folder: Path, tmp_path: Path, columns: int) -> None:
     flags = ("--prompt-tokens", "8", "--context", "8", "--tokens", "2", "--repeat", "1")
     for words in (("inspect", chat_folder), ("fit",), ("fit", "4b"), ("bench", "-m", chat_folder, *flags), ("--help",)):
@@ -470,7 +476,7 @@ def test_tiny_terminals(chat_folder: Path, tmp_path: Path, columns: int) -> None
     with Seen("chat", "-m", chat_folder, "--max-tokens", "8", folder=tmp_path, columns=columns, rows=3) as seen:
         seen.until("\x1b[?2004h")
         for line in (b"**hello** there\r", b"/set\r", b"/help\r", b"\x04"):
-            seen.pump(1.2, send=line)
+            seen.pump(0.7, send=line)
         assert seen.ended() == 0 and b"Traceback" not in seen.bytes, seen.bytes
 
 

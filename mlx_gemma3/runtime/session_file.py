@@ -46,11 +46,6 @@ _DTYPES: Mapping[str, tuple[type[np.generic], mx.Dtype]] = {
 }
 
 
-def check_writable(path: str | Path) -> Path:
-    """Whether a conversation can be saved there later; the path with `~` and links followed. Raises OutputError."""
-    return writing.check_writable(path)
-
-
 def write(path: str | Path, conversation: Conversation, host: Host, *, replace: bool = True) -> None:
     """Write under a temporary name, then rename: the old file or the new one, never a third thing.
 

@@ -66,14 +66,20 @@ def read_state(values: Mapping[str, Any], path: object, caches: Caches, config: 
         raise reader.wrong("tokens", len(tokens), f"one for each of {offset} rows")
     if any(start < offset < stop for start, stop in tokens.spans):
         raise reader.wrong("tokens", "a picture read in part", "pictures that are whole")
-    system = values.get("system")
+    system, exchanges = values.get("system"), []
+    room = 2 * config.text.max_position_embeddings  # tokens of all turns: more cannot have been answered
+    for value in reader.list("exchanges", values.get("exchanges")):
+        exchanges.append(exchange := reader.exchange(value))
+        room -= len(exchange.asked) + len(exchange.said or ())
+        if room < 0:
+            raise reader.wrong("exchanges", "more tokens than fit", f"{config.text.max_position_embeddings} in all")
     return State(
         offset,
         filled,
         border,
         tokens,
         None if system is None else reader.text("system", system),
-        tuple(reader.exchange(value) for value in reader.list("exchanges", values.get("exchanges"))),
+        tuple(exchanges),
     )
 
 
@@ -164,7 +170,10 @@ class _Reader:
     def tokens(self, name: str, value: Any) -> Tokens:
         ids, spans, digests = self.fields(name, value, "ids", "spans", "digests")
         rows, image = self.config.text.vocab_size, self.config.image_token_id
-        ids = tuple(self.number(name, token, 0, rows - 1) for token in self.list(name, ids))
+        most = self.config.text.max_position_embeddings + 1  # the last one written is not read
+        if len(self.list(name, ids)) > most:
+            raise self.wrong(name, f"{len(ids)} tokens", f"at most {most}")
+        ids = tuple(self.number(name, token, 0, rows - 1) for token in ids)
         ranges, end = [], 0
         for span in self.list(name, spans):
             start, stop = self.list(name, span, 2)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine, Session
     from ..runtime.stream import Stream
 
-LEAVE_SECONDS = 5  # how long the end waits for events that nobody takes
+LEAVE_SECONDS = 5  # how long the end waits for what is in work, and as long again for events that nobody takes
 _LOAD_POLL = 0.1  # seconds between two looks whether a load was cancelled
 
 
@@ -110,8 +110,8 @@ class Server:
                 job, _failure(job.id, ClosedError("worker", got="its end before this request's turn", want=_ALIVE))
             )
         worker.join(LEAVE_SECONDS)
-        if (job := self._current) is not None:  # inside something that cannot be asked to stop
-            self._end(job, _failure(job.id, ClosedError("worker", got="its end during this request", want=_ALIVE)))
+        if (stuck := self._current) is not None:  # inside something that cannot be asked to stop
+            self._end(stuck, _failure(stuck.id, ClosedError("worker", got="its end during this request", want=_ALIVE)))
         if shutdown is not None:
             self._emit({"id": shutdown, "kind": "ok", "result": {}})
 
@@ -295,7 +295,7 @@ class Server:
         with self._writing:
             try:
                 self._write(line)
-            except OSError:  # nobody reads: the end of the source will tell us to leave
+            except (OSError, ValueError):  # nobody reads, or we have left: the end of the source tells us to leave
                 self._write = len
 
 
