@@ -81,6 +81,8 @@ def test_words_of_all_the_usual_shapes() -> None:
     for content in ("Which?", None, []):
         assert read([{"role": "user", "content": content}]) == [{"role": "user", "content": content}]
     roles = [{"role": role, "content": ""} for role in ("developer", "human", "ai", "assistant", "model")]
+    assert read([{"type": "human", "content": "Which?"}])[0]["role"] == "user"
+    assert "role" not in read([{"type": "message", "content": "Which?"}])[0]
     assert [message["role"] for message in read(roles)] == ["system", "user", "assistant", "assistant", "model"]
 
 

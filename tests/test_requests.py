@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -121,6 +123,11 @@ def test_copies_are_whole_and_their_own() -> None:
     endless: list[Any] = []
     endless.append(endless)
     assert snapshot.copied(endless)
+
+
+def test_pictures_may_be_handed_over_while_pillow_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", ModuleType("PIL.Image"))  # as another thread sees it half way
+    assert snapshot.copied(snapshot.pictures([b"a", "b"])) == [b"a", "b"]
 
 
 def test_one_picture_is_a_list_of_one(engine: g3.Engine) -> None:

@@ -91,7 +91,8 @@ def _message(message: Any, number: int) -> Any:
         if message.get(key):
             raise PromptError(f"{where}: {key}", got="a value", want="none", do=_DO)
     made = {key: value for key, value in message.items() if key not in ("images", "parts")}
-    if isinstance(role := message.get("role"), str):
+    role = message.get("role", message.get("type"))  # LangChain's own messages have a type
+    if isinstance(role, str) and ("role" in message or role in _ROLES or role in ROLES):
         made["role"] = _ROLES.get(role, role)
     if message.get("content") is None and message.get("parts") is not None:
         made["content"] = message["parts"]

@@ -69,5 +69,5 @@ def copied(value: Any, depth: int = 0) -> Any:
 
 def is_image(value: object) -> bool:
     """Whether it is a Pillow image. Does not import Pillow: without it there is none."""
-    module = sys.modules.get("PIL.Image")
-    return module is not None and isinstance(value, module.Image)
+    kind = getattr(sys.modules.get("PIL.Image"), "Image", None)  # None too while another thread imports it
+    return kind is not None and isinstance(value, kind)
