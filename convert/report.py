@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_gemma3.visible import one_line
 
 if TYPE_CHECKING:
-    from .evaluate import Evaluation
+    from mlx_gemma3.measure.evaluate import Evaluation
 
 KINDS = ("embedding", "head", "attention", "mlp", "norms", "vision", "projector")
 

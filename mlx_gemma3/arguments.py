@@ -121,6 +121,17 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _biases(value: Any) -> dict[int, float]:
+    """JSON has only texts as names: "7" is the token 7."""
+    return {_whole(int(key) if isinstance(key, str) else key): _number(bias) for key, bias in _mapping(value).items()}
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return dict(value)
+
+
 KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "text": (_text, "a text"),
     "path": (_path, "a path"),
@@ -128,4 +139,5 @@ KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "switch": (_switch, "true or false"),
     "whole": (_whole, "a whole number"),
     "number": (_number, "a number"),
+    "biases": (_biases, "a number for each token id"),
 }

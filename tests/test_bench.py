@@ -25,12 +25,13 @@ from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.checkpoint.store import open_store
 from mlx_gemma3.commands.bench import bench, parse_sizes
 from mlx_gemma3.errors import Gemma3Error, OptionError, OutputError
-from mlx_gemma3.generation.loop import decode, prefill
+from mlx_gemma3.generation.batch import decode
+from mlx_gemma3.generation.prefill import prefill
 from mlx_gemma3.generation.sampling import Sampling
 from mlx_gemma3.model.gemma3 import Gemma3
-from mlx_gemma3.runtime import benchmark, roofline
-from mlx_gemma3.runtime.benchmark import Plan, measure, measure_decoding, random_ids
-from mlx_gemma3.runtime.roofline import Bandwidth, published, step_kv_bytes, step_weight_bytes
+from mlx_gemma3.measure import benchmark, roofline
+from mlx_gemma3.measure.benchmark import Plan, measure, measure_decoding, random_ids
+from mlx_gemma3.measure.roofline import Bandwidth, published, step_kv_bytes, step_weight_bytes
 
 Run = Callable[..., str]
 QUICK = ("--prompt-tokens", "9,5", "--context", "3,40", "--tokens", "6", "--repeat", "2", "--quiet")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from random_model import random_model, tiny_config
 
 from mlx_gemma3.errors import ContextError, OptionError
-from mlx_gemma3.generation.loop import decode, prefill, prefill_chunks
+from mlx_gemma3.generation.batch import decode
+from mlx_gemma3.generation.prefill import prefill, prefill_chunks
 from mlx_gemma3.generation.sampling import Sampling, penalise, sample, top_candidates
 from mlx_gemma3.model.gemma3 import Gemma3
 

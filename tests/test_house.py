@@ -17,7 +17,7 @@ CONVERT = ROOT / "convert"  # installed as mlx_gemma3.convert
 RANKS = {
     "visible": 0, "paths": 0, "errors": 1, "reading": 2, "writing": 3, "arguments": 2, "config": 3, "gguf_header": 3,
     "prompt": 4, "model": 5, "checkpoint": 6, "generation": 7, "runtime": 8,
-    "convert": 9, "worker": 9, "__init__": 10, "commands": 11, "cli": 12,
+    "measure": 9, "worker": 9, "convert": 10, "__init__": 11, "commands": 12, "cli": 13,
 }  # fmt: skip
 
 

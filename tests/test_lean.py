@@ -21,7 +21,7 @@ from mlx_gemma3.model import cpu
 from mlx_gemma3.model.attention import attend, attend_all, attend_all_padded
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.layers import PatchConv, gelu_tanh
-from mlx_gemma3.model.lean import gelu_times, gpu_kernels
+from mlx_gemma3.model.fused import gelu_times, gpu_kernels
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # widths that pack in groups of 32
 # What no kernel stands behind: other views of the same numbers.

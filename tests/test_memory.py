@@ -27,7 +27,7 @@ from mlx_gemma3.commands.fit import tokens_text
 from mlx_gemma3.config import GLOBAL, LOCAL, Config
 from mlx_gemma3.convert import convert
 from mlx_gemma3.errors import OptionError
-from mlx_gemma3.generation.loop import chunk_size
+from mlx_gemma3.generation.prefill import usual_chunk
 from mlx_gemma3.model.cache import Caches, WindowCache
 from mlx_gemma3.model.gemma3 import Gemma3
 

@@ -10,7 +10,7 @@ import pytest
 from random_model import IMAGE, PER_IMAGE, WINDOW, random_model, random_pictures, tiny_config, tokens_with_pictures
 
 from mlx_gemma3.errors import OptionError, PromptError
-from mlx_gemma3.generation.loop import prefill, prefill_chunks
+from mlx_gemma3.generation.prefill import prefill, prefill_chunks
 from mlx_gemma3.model.cache import GlobalCache, WindowCache
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.layers import RMSNorm, gelu_tanh

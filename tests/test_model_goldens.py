@@ -16,7 +16,8 @@ import pytest
 
 import mlx_gemma3
 import mlx_gemma3.model.text
-from mlx_gemma3.generation.loop import decode, prefill, prefill_chunks
+from mlx_gemma3.generation.batch import decode
+from mlx_gemma3.generation.prefill import prefill, prefill_chunks
 from mlx_gemma3.generation.sampling import Sampling
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.masks import attention_mask

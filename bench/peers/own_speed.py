@@ -18,9 +18,10 @@ from words_plan import as_graph, build_time, measure, prompt
 
 import mlx_gemma3 as g3
 from mlx_gemma3.checkpoint.load import load_model
-from mlx_gemma3.generation.loop import decode, prefill
+from mlx_gemma3.generation.batch import decode
+from mlx_gemma3.generation.prefill import prefill
 from mlx_gemma3.generation.sampling import Sampling
-from mlx_gemma3.model.lean import gpu_kernels
+from mlx_gemma3.model.fused import gpu_kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conversation import here

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from ..config import Config
 from ..errors import OptionError
 from ..model.cache import KV_BITS, KV_GROUP, STEP, WindowCache
+from ..model.chunks import GRAIN, LONGEST_UNFUSED, SCORE_BYTES, SHORTEST, chunk_size, score_bytes
 from ..model.gemma3 import Gemma3
 from .contents import Entry, Packing
 from .tensors import is_vision
@@ -28,9 +29,7 @@ GIB = 1 << 30
 WEIGHT_BITS = (16, 8, 6, 5, 4, 3, 2)
 # Python, the libraries and the vocabulary of 262,144 pieces: 128 MiB resident on Linux; as much again for Metal's.
 OVERHEAD = 256 << 20
-_FUSED_HEAD = 128  # Metal's fused prefill attention covers heads up to this; 256 is computed with a score matrix
 _NOT_EXACT = frozenset(("Q2_K", "Q3_K", "Q6_K"))  # ggml types that loading keeps as floats where nothing may be rounded
-_MOST_SCORES = GIB  # the chunk is made so small that a real score matrix stays under this
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def estimate(
         kv_bits: of the global layers' keys and values: 16 keeps the activations' own type, 8 and 4 pack groups.
         local_kv_bits: the same for the local layers.
         dtype_bytes: of the activations: 2 for bfloat16, 4 for float32.
-        chunk: tokens read at once; None for `prefill_chunk` of every context on the way.
+        chunk: tokens read at once; None for `chunk_size` of every context on the way.
         fused: the device has fused attention for short heads (Metal); False where it has none (the CPU).
 
     Raises:
@@ -135,15 +134,6 @@ def _stored(numbers: int, bits: int, dtype_bytes: int) -> int:
     return numbers * bits // 8 + numbers * 2 * dtype_bytes // KV_GROUP
 
 
-def prefill_chunk(config: Config, context: int, *, kv_bits: int = 16, dtype_bytes: int = 2) -> int:
-    """Tokens read at once when nobody says otherwise.
-
-    2048; where the score matrix is real memory 512, or as many (in steps of 32, at least 32) as keep it under 1 GiB.
-    """
-    scores = score_bytes(config, context, 1, kv_bits=kv_bits, dtype_bytes=dtype_bytes)
-    return max(32, min(512, _MOST_SCORES // scores // 32 * 32)) if scores else 2048
-
-
 def hardest_read(
     config: Config,
     context: int,
@@ -157,11 +147,13 @@ def hardest_read(
 
     With more tokens the chunk gets smaller in steps, so the hardest read stands at the end of one of the steps.
     """
-    row = score_bytes(config, 1, 1, kv_bits=kv_bits, dtype_bytes=dtype_bytes)
-    ends = {min(context, _MOST_SCORES // (row * chunk)) for chunk in range(32, 513, 32)} if row else set()
+    row = score_bytes(config, 1, 1, kv_bits=kv_bits, local_kv_bits=local_kv_bits, dtype_bytes=dtype_bytes)
+    steps = range(SHORTEST, LONGEST_UNFUSED + 1, GRAIN)
+    ends = {min(context, SCORE_BYTES // (row * chunk)) for chunk in steps} if row else set()
 
     def chunk(tokens: int) -> int:
-        return min(tokens, prefill_chunk(config, tokens, kv_bits=kv_bits, dtype_bytes=dtype_bytes))
+        bits = {"kv_bits": kv_bits, "local_kv_bits": local_kv_bits}
+        return min(tokens, chunk_size(config, tokens, **bits, dtype_bytes=dtype_bytes))
 
     def need(tokens: int) -> int:
         bits = {"kv_bits": kv_bits, "local_kv_bits": local_kv_bits}
@@ -169,20 +161,6 @@ def hardest_read(
 
     hardest = max(sorted({context, *ends}), key=need)
     return hardest, chunk(hardest)
-
-
-def score_bytes(
-    config: Config, context: int, chunk: int, *, kv_bits: int = 16, dtype_bytes: int = 2, fused: bool = True
-) -> int:
-    """The score matrix of one global layer: H * chunk * context, in the activations' type; 0 where it is fused.
-
-    MLX keeps one at a time: masking and softmax work in place. Metal's fused kernels for more than 8 queries leave out
-    heads of 256 (MLX 0.32, scaled_dot_product_attention.cpp: `use_fallback`), and no kernel reads packed rows.
-    """
-    text = config.text
-    if fused and kv_bits == 16 and text.head_dim <= _FUSED_HEAD:
-        return 0
-    return text.num_attention_heads * chunk * context * dtype_bytes
 
 
 def prefill_bytes(
@@ -204,7 +182,9 @@ def prefill_bytes(
     """
     text = config.text
     q_size, kv_size = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    scores = score_bytes(config, context, chunk, kv_bits=kv_bits, dtype_bytes=dtype_bytes, fused=fused)
+    scores = score_bytes(
+        config, context, chunk, kv_bits=kv_bits, local_kv_bits=local_kv_bits, dtype_bytes=dtype_bytes, fused=fused
+    )
     growth = _stored(2 * kv_size * context, kv_bits, dtype_bytes)
     room = WindowCache(text.sliding_window).capacity
     moves = 0 if context <= room else sum(not text.is_global(layer) for layer in range(text.num_hidden_layers))

@@ -14,7 +14,7 @@ from .inspect import amount, table
 from .terminal import Status, emit, say
 
 if TYPE_CHECKING:
-    from ..runtime.benchmark import Benchmark, Spread
+    from ..measure.benchmark import Benchmark, Spread
 
 
 def bench(
@@ -47,10 +47,10 @@ def bench(
     """Measure prompts, decoding, pictures, sampling and memory, and the share of the machine's memory bandwidth."""
     sizes, depths = parse_sizes("--prompt-tokens", prompt_tokens), parse_sizes("--context", context)
     if plot is not None:
-        from ..convert.plot import check_plot
+        from ..measure.plot import check_plot
 
         check_plot(plot)
-    from ..runtime.benchmark import Plan, measure
+    from ..measure.benchmark import Plan, measure
 
     if text_only and images:
         raise OptionError("--images", got=f"{images} and --text-only", want="one or the other")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from ..runtime.benchmark import Benchmark, Spread
+    from ..measure.benchmark import Benchmark, Spread
 
 
 def draw(found: Benchmark, path: Path) -> None:

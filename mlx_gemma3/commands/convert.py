@@ -64,7 +64,7 @@ def convert(
 ) -> None:
     """Write a checkpoint as a folder that every MLX program loads, and say what was lost."""
     from ..convert.converter import convert as run
-    from ..convert.evaluate import read_text
+    from ..measure.evaluate import read_text
 
     if out is None:
         out = Path(_name(source, bits=bits, mode=mode, preset=preset, dequantize=dequantize))

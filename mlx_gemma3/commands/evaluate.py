@@ -40,11 +40,11 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Measure perplexity on a text, and with --against the divergence from another checkpoint, on pictures too."""
-    from ..convert.evaluate import evaluate as run
-    from ..convert.evaluate import read_text
+    from ..measure.evaluate import evaluate as run
+    from ..measure.evaluate import read_text
 
     if plot is not None:
-        from ..convert.plot import check_plot
+        from ..measure.plot import check_plot
 
         if against is None:
             raise OptionError("--plot", got="one checkpoint", want="--against as well")
@@ -65,7 +65,7 @@ def evaluate(
     status.clear()
     print_notes(evaluation.notes, quiet=quiet)
     if plot is not None:
-        from ..convert.plot import plot as draw
+        from ..measure.plot import plot as draw
 
         draw(evaluation, plot)
     if as_json:

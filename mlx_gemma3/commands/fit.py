@@ -228,8 +228,9 @@ def _smaller(subject: Subject, machine: Machine, context: int, kv_bits: int) -> 
 
 def _explained(subject: Subject, machine: Machine, context: int, kv_bits: int) -> dict[str, str]:
     """The factors of each part, as memory.py multiplies them."""
-    from ..checkpoint.memory import hardest_read, score_bytes
+    from ..checkpoint.memory import hardest_read
     from ..model.cache import STEP, WindowCache
+    from ..model.chunks import score_bytes
 
     config = subject.config
     text, kinds = config.text, config.text.layer_types

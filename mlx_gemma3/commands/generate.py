@@ -18,6 +18,7 @@ from .streams import WAIT, OutputLost, Piped
 from .terminal import Pace, Status, answer, emit, leave, print_notes, tell
 
 if TYPE_CHECKING:
+    from ..runtime.events import Event, Usage
     from ..runtime.options import OptionValues
     from ..runtime.stream import Stream
 
@@ -288,28 +289,27 @@ def _print(stream: Stream, status: Status, first: str, *, as_json: bool, kept: C
     return stopped
 
 
-def _show(event: dict[str, Any], status: Status, pace: Pace, *, as_json: bool) -> None:
+def _show(event: Event, status: Status, pace: Pace, *, as_json: bool) -> None:
     """What one event has to show."""
-    kind = event["kind"]
-    if kind == "pending" and event["stage"] == "prompt":
-        status.bar(event["done"], event["total"], pace.text(event["done"], event["total"], "tokens"))
-        return
-    if kind == "pending" and event["stage"] == "download":
-        status.show(
-            f"fetching the picture · {event['done']:,} bytes" + (f" of {event['total']:,}" if event["total"] else "")
-        )
-        return
-    if kind == "pending":
-        status.show(f"looking at {event['stage']}", event["done"], event["total"])
+    if event["kind"] == "pending":
+        if "stage" not in event:
+            return
+        stage, done, total = event["stage"], event["done"], event["total"]
+        if stage == "prompt":
+            status.bar(done, total, pace.text(done, total, "tokens"))
+        elif stage == "download":
+            status.show(f"fetching the picture · {done:,} bytes" + (f" of {total:,}" if total else ""))
+        else:
+            status.show(f"looking at {stage}", done, total)
         return
     status.clear()
     if as_json:
         emit(event)
-    elif kind != "error":
-        answer(event["text"] if kind == "text" else "\n")
+    elif event["kind"] != "error":
+        answer(event["text"] if event["kind"] == "text" else "\n")
 
 
-def _stats(usage: dict[str, Any]) -> str:
+def _stats(usage: Usage) -> str:
     """Counts and speeds in one line."""
 
     def speed(tokens: int, seconds: float) -> str:

@@ -1,4 +1,5 @@
 """Token ids in, token ids out. Knows nothing of text.
 
-Reading order: loop.py (read the prompt, then one token after another), sampling.py (logits to a token).
+Reading order: prefill.py (read a prompt in chunks), sampling.py and choice.py (logits to a token), batch.py (one token
+after another, of several sequences at once).
 """

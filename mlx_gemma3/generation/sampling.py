@@ -1,13 +1,15 @@
 """Logits to a token: greedy, or drawn at a temperature from what top-k, top-p and min-p leave.
 
 The order of the filters and their borders are those of transformers 5.23 (generation/logits_process.py):
-repetition penalty, temperature, top-k, top-p, min-p.
+repetition penalty, temperature, top-k, top-p, min-p. Presence and frequency penalties and biases come after the
+repetition penalty, as in OpenAI's API they are added to the logits. choice.py applies all of them, sequence by sequence.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -20,6 +22,7 @@ _BLOCK = 512  # entries of the vocabulary whose maxima are compared first
 # e**19 times at 1e-7, so what is drawn below is the best token or a matter of rounding. Logits divided by less than
 # 1e-37 are infinite or NaN; by 1e-6 none below 3.4e32 is.
 GREEDY_BELOW = 1e-6
+MOST_LOGPROBS = 20
 _LEAST_SHARE = 1e-37  # of top-p; a smaller one is 0 in float32 and would leave not even the first token
 
 
@@ -38,7 +41,11 @@ class Sampling:
     top_p: float = 0.95  # the fewest tokens that hold this much probability; 1: all
     min_p: float = 0.0  # tokens at least this fraction as likely as the best; 0: all
     repetition_penalty: float = 1.0  # > 1 makes tokens of the prompt and the answer less likely; 1: off
+    presence_penalty: float = 0.0  # taken from the logit of each token that the answer has; 0: off
+    frequency_penalty: float = 0.0  # the same for each time that it has it
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these ids
     seed: int | None = None  # None: another answer each time
+    logprobs: int | None = None  # report the log-probability of each token, and of so many of the likeliest; None: no
 
     def __post_init__(self) -> None:
         _check(0 <= self.temperature < math.inf, "temperature", self.temperature, ">= 0 (0 is greedy)")
@@ -47,20 +54,36 @@ class Sampling:
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1 (0 is off)")
         penalty = self.repetition_penalty
         _check(1e-30 <= penalty <= 1e30, "repetition_penalty", penalty, "> 0, and what float32 can hold (1 is off)")
+        for name, value in (("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)):
+            _check(-2 <= value <= 2, name, value, "-2 to 2 (0 is off)")
+        for token, bias in self.logit_bias.items():
+            _check(token >= 0 and -100 <= bias <= 100, "logit_bias", {token: bias}, "-100 to 100 for a token id")
+        most = self.logprobs
+        _check(most is None or 0 <= most <= MOST_LOGPROBS, "logprobs", most, f"0 to {MOST_LOGPROBS}")
         _check(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "a whole number from 0 to 2**64 - 1")
 
 
-def sample(logits: mx.array, sampling: Sampling, key: mx.array | None) -> mx.array:
-    """Choose one token a row.
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def filters(self) -> tuple[float, ...]:
+        """What `sample` goes by: sequences that have it alike can be sampled together."""
+        return (0.0,) if self.greedy else (self.temperature, self.top_k, self.top_p, self.min_p)
+
+
+def sample(logits: mx.array, sampling: Sampling, keys: Sequence[mx.array]) -> mx.array:
+    """Choose one token a row, each as if it were alone.
 
     Args:
         logits: (B, V) float32.
-        key: from mx.random.key, a new one for each call; unused when the temperature is below GREEDY_BELOW.
+        keys: from mx.random.key, one for each row, new ones for each call; unused when greedy.
 
     Returns:
         (B,) int32, lazy.
     """
-    if sampling.temperature < GREEDY_BELOW:
+    if sampling.greedy:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
     logits = logits / sampling.temperature
     ids = None  # (B, C) vocabulary ids of the columns, most likely first; None: every id in its place
@@ -76,7 +99,9 @@ def sample(logits: mx.array, sampling: Sampling, key: mx.array | None) -> mx.arr
     if sampling.min_p > 0:
         best = logits.max(axis=-1, keepdims=True)
         logits = mx.where(logits >= best + math.log(sampling.min_p), logits, -mx.inf)
-    column = mx.random.categorical(logits, axis=-1, key=key)
+    # Gumbel's noise makes the largest sum a draw: what mx.random.categorical does, with a key for each row.
+    noise = [mx.random.gumbel((1, logits.shape[-1]), key=key) for key in keys]
+    column = mx.argmax(logits + (noise[0] if len(noise) == 1 else mx.concatenate(noise)), axis=-1)
     chosen = column if ids is None else mx.take_along_axis(ids, column[:, None], axis=-1)[:, 0]
     return chosen.astype(mx.int32)
 

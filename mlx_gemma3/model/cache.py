@@ -4,14 +4,16 @@ A global layer keeps all of them, in a buffer that grows in steps. A local layer
 so its buffer has a fixed size: the window and some slack, filled from the left; when it is full the newest move to its
 front. Keys stay in order of position, so a mask never has to know where the buffer starts.
 
-Rows are stored as they are, or packed in 8 or 4 bits with groups of 64 (`kv_bits`). Updates write in place: MLX reuses
-a buffer that nobody else holds. A snapshot holds references, so the first update after it copies, once.
+Keys and values of a layer share one buffer, side by side on the axis of the heads: one write a layer for each token.
+Rows are stored as they are, or packed in 8 or 4 bits with groups of 64 (`kv_bits`). Writes are in place: MLX reuses a
+buffer that nobody else holds. A snapshot or a fork holds references, so the first write after it copies, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -23,60 +25,84 @@ SLACK = 128  # tokens that a local layer can always go back, and as many again b
 KV_BITS = (16, 8, 4)
 KV_GROUP = 64
 
-Rows = tuple[mx.array, ...]  # (B, K, S, D) alone, or packed: weight, scales, biases of (B, K, S, …)
+Rows = tuple[mx.array, ...]  # (B, heads, S, D) alone, or packed: weight, scales, biases of (B, heads, S, …)
 
 
-class Buffer:
-    """Keys or values of one layer, with room for more."""
+class LayerCache:
+    """Keys and values of one layer, with room for more: (B, 2 K, capacity, …), the K heads of keys first."""
 
-    def __init__(self, bits: int) -> None:
+    filled: int  # tokens in the buffer
+    window: int | None = None
+
+    def __init__(self, bits: int = 16) -> None:
         self.bits = bits
+        self.offset = 0  # tokens seen
         self.parts: list[mx.array] = []
 
-    def pack(self, x: mx.array) -> Rows:
-        return (x,) if self.bits == 16 else tuple(mx.quantize(x, group_size=KV_GROUP, bits=self.bits))
+    def append(self, keys_values: mx.array) -> Rows:
+        """Add (B, 2 K, L, D) and return what these L queries can reach, the newest last."""
+        raise NotImplementedError
 
-    def make_room(self, like: Rows, count: int) -> None:
-        """Grow to `count` rows."""
+    def reaches(self, position: int) -> bool:
+        raise NotImplementedError
+
+    def rewind(self, position: int) -> None:
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def rows(self) -> Rows:
+        """What is in the buffer, `filled` rows."""
+        return self._view(0, self.filled)
+
+    def hold(self) -> Rows:
+        """References to the whole buffer that later writes do not reach: a write changes the object it is made on."""
+        return tuple(part[...] for part in self.parts)
+
+    def reserve(self, like: Rows, count: int) -> None:
+        """Make room for `count` rows in all, each as `like`."""
         have = self.parts[0].shape[2] if self.parts else 0
         if count > have:
             rooms = [mx.zeros((*part.shape[:2], count - have, part.shape[3]), dtype=part.dtype) for part in like]
             pairs = zip(self.parts, rooms, strict=True)
             self.parts = [mx.concatenate(list(pair), axis=2) for pair in pairs] if have else rooms
 
-    def write(self, start: int, stop: int, rows: Rows) -> None:
-        if self.bits == 16:  # both are called twice a layer for each token
+    def _pack(self, x: mx.array) -> Rows:
+        return (x,) if self.bits == 16 else tuple(mx.quantize(x, group_size=KV_GROUP, bits=self.bits))
+
+    def _write(self, start: int, stop: int, rows: Rows) -> None:
+        if self.bits == 16:  # called once a layer for each token
             self.parts[0][:, :, start:stop] = rows[0]
             return
         for part, new in zip(self.parts, rows, strict=True):
             part[:, :, start:stop] = new
 
-    def view(self, start: int, stop: int) -> Rows:
+    def _view(self, start: int, stop: int) -> Rows:
         if self.bits == 16:
-            return (self.parts[0][:, :, start:stop],)
+            return (self.parts[0][:, :, start:stop],) if self.parts else ()
         return tuple(part[:, :, start:stop] for part in self.parts)
 
-    def hold(self) -> Rows:
-        """References that later writes do not reach: a write changes the array object that it is made on."""
-        return tuple(part[...] for part in self.parts)
+    def _take(self, offset: int, filled: int, rows: Rows) -> None:
+        """Become what `hold` or `rows` of such a layer returned."""
+        self.offset, self.parts = offset, [part[...] for part in rows]
 
 
-class GlobalCache:
+class GlobalCache(LayerCache):
     """All keys and values."""
 
-    def __init__(self, bits: int = 16) -> None:
-        self.offset = 0  # tokens seen
-        self.keys, self.values = Buffer(bits), Buffer(bits)
+    @property
+    def filled(self) -> int:  # type: ignore[override]
+        return self.offset
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
-        """Append (B, K, L, D) and return everything, offset rows."""
-        start, stop = self.offset, self.offset + keys.shape[2]
+    def append(self, keys_values: mx.array) -> Rows:
+        start, stop = self.offset, self.offset + keys_values.shape[2]
         self.offset = stop
-        for buffer, new in ((self.keys, keys), (self.values, values)):
-            rows = buffer.pack(new)
-            buffer.make_room(rows, -(-stop // STEP) * STEP)
-            buffer.write(start, stop, rows)
-        return self.keys.view(0, stop), self.values.view(0, stop)
+        rows = self._pack(keys_values)
+        self.reserve(rows, -(-stop // STEP) * STEP)
+        self._write(start, stop, rows)
+        return self._view(0, stop)
 
     def reaches(self, position: int) -> bool:
         return position <= self.offset
@@ -85,36 +111,32 @@ class GlobalCache:
         self.offset = position
 
 
-class WindowCache:
+class WindowCache(LayerCache):
     """The last W - 1 keys and values and some slack, in a buffer of fixed size."""
 
+    window: int
+
     def __init__(self, window: int, bits: int = 16) -> None:
+        super().__init__(bits)
         self.window = window
         self.slack = min(window, SLACK)
         self.capacity = window - 1 + 2 * self.slack
-        self.offset = 0  # tokens seen
-        self.filled = 0  # of them in the buffer
-        self.keys, self.values = Buffer(bits), Buffer(bits)
+        self.filled = 0
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
-        """Append (B, K, L, D) and return what these L queries can reach: at most W - 1 + L rows, the newest last."""
-        length, before = keys.shape[2], self.filled
+    def append(self, keys_values: mx.array) -> Rows:
+        length, before = keys_values.shape[2], self.filled
         reach, stop = max(0, before - (self.window - 1)), before + length
         self.offset += length
         self.filled = stop if stop <= self.capacity else min(self.window - 1 + self.slack, stop)
-        out = []
-        for buffer, new in ((self.keys, keys), (self.values, values)):
-            rows = buffer.pack(new)
-            buffer.make_room(rows, self.capacity)
-            if stop <= self.capacity:
-                buffer.write(before, stop, rows)
-                out.append(buffer.view(reach, stop))
-                continue
-            held = buffer.view(0, before)
-            rows = tuple(mx.concatenate(list(pair), axis=2) for pair in zip(held, rows, strict=True))
-            buffer.write(0, self.filled, tuple(part[:, :, -self.filled :] for part in rows))
-            out.append(tuple(part[:, :, reach:] for part in rows))
-        return out[0], out[1]
+        rows = self._pack(keys_values)
+        self.reserve(rows, self.capacity)
+        if stop <= self.capacity:
+            self._write(before, stop, rows)
+            return self._view(reach, stop)
+        held = self._view(0, before)
+        rows = tuple(mx.concatenate(list(pair), axis=2) for pair in zip(held, rows, strict=True))
+        self._write(0, self.filled, tuple(part[:, :, -self.filled :] for part in rows))
+        return tuple(part[:, :, reach:] for part in rows)
 
     def reaches(self, position: int) -> bool:
         first = self.offset - self.filled  # position of the oldest row held
@@ -124,18 +146,44 @@ class WindowCache:
         self.filled = max(0, self.filled - (self.offset - position))  # below 0 only where nothing is kept: position 0
         self.offset = position
 
+    def _take(self, offset: int, filled: int, rows: Rows) -> None:
+        super()._take(offset, filled, rows)
+        self.filled = filled
+
+
+def keys_and_values(rows: Rows) -> tuple[Rows, Rows]:
+    """(B, 2 K, S, …) as keys and values, (B, K, S, …) each."""
+    heads = rows[0].shape[1] // 2
+    if len(rows) == 1:
+        return (rows[0][:, :heads],), (rows[0][:, heads:],)
+    return tuple(part[:, :heads] for part in rows), tuple(part[:, heads:] for part in rows)
+
 
 @dataclass(frozen=True)
 class Snapshot:
     """The local layers at one position, by reference, and the logits after it. Global layers need none."""
 
     position: int
-    layers: tuple[tuple[int, Rows, Rows] | None, ...]  # (filled, keys, values); None for a global layer
+    layers: tuple[tuple[int, Rows] | None, ...]  # (filled, buffer); None for a global layer
     logits: mx.array | None  # (1, V) after `position` tokens
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for layer in self.layers if layer for rows in layer[1:] for part in rows)
+        return sum(part.nbytes for layer in self.layers if layer for part in layer[1])
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """Caches as plain numbers and named arrays: what a file holds of them.
+
+    Arrays are called `layer.N.keys.P`, `layer.N.values.P`, and, of the border, `border.N.…` and `border.logits`; P
+    counts the parts of packed rows. (1, K, rows, …) each.
+    """
+
+    offset: int
+    filled: tuple[int, ...]  # rows of each local layer; 0 for a global one
+    border: tuple[int, tuple[int, ...]] | None  # a snapshot: its position, and rows as above
+    arrays: Mapping[str, mx.array]
 
 
 class Caches:
@@ -152,7 +200,7 @@ class Caches:
                 raise OptionError(
                     name, got=bits, want=f"16, since head_dim {text.head_dim} is no multiple of {KV_GROUP}"
                 )
-        self.layers: list[GlobalCache | WindowCache] = [
+        self.layers: list[LayerCache] = [
             GlobalCache(kv_bits) if text.is_global(layer) else WindowCache(text.sliding_window, local_kv_bits)
             for layer in range(text.num_hidden_layers)
         ]
@@ -168,22 +216,66 @@ class Caches:
     @property
     def arrays(self) -> list[mx.array]:
         """Every buffer, to be evaluated together at the end of a prefill chunk."""
-        return [part for layer in self.layers for buffer in (layer.keys, layer.values) for part in buffer.parts]
+        return [part for layer in self.layers for part in layer.parts]
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
+        """Of the buffers, without the snapshots."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def fork(self) -> Caches:
+        """The same once more, by reference: whichever of the two writes first copies what it writes to."""
+        other = object.__new__(Caches)
+        other.layers = []
+        for layer in self.layers:
+            twin: Any = WindowCache(layer.window, layer.bits) if layer.window is not None else GlobalCache(layer.bits)
+            twin._take(layer.offset, layer.filled, layer.hold())
+            other.layers.append(twin)
+        other.padding, other.ends_in_image = self.padding, self.ends_in_image
+        other.snapshots = list(self.snapshots)
+        return other
+
+    def state(self) -> CacheState:
+        """What `restore` makes the same caches of. Of the snapshots only the border: the last one, where the local
+        layers have moved on since.
+        """
+        arrays: dict[str, mx.array] = {}
+        for number, layer in enumerate(self.layers):
+            if layer.filled:
+                arrays |= _named(f"layer.{number}", layer.rows())
+        last = self.snapshots[-1] if self.snapshots else None
+        border = None
+        if last is not None and not all(layer.reaches(last.position) for layer in self.layers):
+            border = last.position, tuple(layer[0] if layer else 0 for layer in last.layers)
+            for number, held in enumerate(last.layers):
+                if held is not None:
+                    arrays |= _named(f"border.{number}", tuple(part[:, :, : held[0]] for part in held[1]))
+            if last.logits is not None:
+                arrays["border.logits"] = last.logits
+        filled = tuple(layer.filled if layer.window is not None else 0 for layer in self.layers)
+        return CacheState(self.offset, filled, border, arrays)
+
+    def restore(self, state: CacheState) -> None:
+        """Take over a state of caches of the same kind; its shapes were checked."""
+        for number, (layer, filled) in enumerate(zip(self.layers, state.filled, strict=True)):
+            layer._take(state.offset, filled, _joined(f"layer.{number}", state.arrays))
+        self.ends_in_image, self.snapshots = False, []
+        if state.border is not None:
+            position, counts = state.border
+            held = tuple(
+                (count, _joined(f"border.{number}", state.arrays)) if count else None
+                for number, count in enumerate(counts)
+            )
+            self.snapshots = [Snapshot(position, held, state.arrays.get("border.logits"))]
+        mx.eval(self.arrays, [part for snapshot in self.snapshots for held in snapshot.layers if held for part in held[1]])
 
     def take_snapshot(self, logits: mx.array | None = None, *, budget: int) -> None:
         """Remember this position. The oldest snapshots are dropped until all of them fit into `budget` bytes."""
-        layers = tuple(
-            (layer.filled, layer.keys.hold(), layer.values.hold()) if isinstance(layer, WindowCache) else None
-            for layer in self.layers
-        )
         if logits is None and any(old.position == self.offset for old in self.snapshots):
             return
+        layers = tuple((layer.filled, layer.hold()) if layer.window is not None else None for layer in self.layers)
         self.snapshots = [old for old in self.snapshots if old.position != self.offset]
-        mx.eval([part for layer in layers if layer for rows in layer[1:] for part in rows])
+        mx.eval([part for layer in layers if layer for part in layer[1]])
         self.snapshots.append(Snapshot(self.offset, layers, logits))
         total = sum(snapshot.nbytes for snapshot in self.snapshots)
         while total > budget and self.snapshots:
@@ -222,10 +314,8 @@ class Caches:
                 )
             )
             for layer, held in zip(self.layers, source.layers, strict=True):
-                if isinstance(layer, WindowCache) and held is not None:
-                    layer.offset, layer.filled = source.position, held[0]
-                    layer.keys.parts = [part[...] for part in held[1]]
-                    layer.values.parts = [part[...] for part in held[2]]
+                if held is not None:
+                    layer._take(source.position, *held)
         for layer in self.layers:
             layer.rewind(position)
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.position <= position]
@@ -234,21 +324,35 @@ class Caches:
 
     @property
     def _window(self) -> int:
-        return next((layer.window for layer in self.layers if isinstance(layer, WindowCache)), 1)
+        return next((layer.window for layer in self.layers if layer.window is not None), 1)
 
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, layer: int) -> GlobalCache | WindowCache:
+    def __getitem__(self, layer: int) -> LayerCache:
         return self.layers[layer]
 
-    def __iter__(self) -> Iterator[GlobalCache | WindowCache]:
+    def __iter__(self) -> Iterator[LayerCache]:
         return iter(self.layers)
 
 
 def _holds(snapshot: Snapshot, filled: int, window: int, position: int) -> bool:
     first = snapshot.position - filled
     return first == 0 or position - (window - 1) >= first
+
+
+def _named(name: str, rows: Rows) -> dict[str, mx.array]:
+    keys, values = keys_and_values(rows)
+    sides = (("keys", keys), ("values", values))
+    return {f"{name}.{side}.{part}": array for side, parts in sides for part, array in enumerate(parts)}
+
+
+def _joined(name: str, arrays: Mapping[str, mx.array]) -> Rows:
+    """What `_named` made two of; nothing where there are no rows."""
+    numbers = [part for part in range(3) if f"{name}.keys.{part}" in arrays]
+    return tuple(
+        mx.concatenate([arrays[f"{name}.{side}.{part}"] for side in ("keys", "values")], axis=1) for part in numbers
+    )
 
 
 def check_padding(padding: Sequence[int] | None) -> tuple[int, ...] | None:

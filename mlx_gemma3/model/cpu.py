@@ -22,13 +22,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
-from mlx.utils import tree_map_with_path
 
 from . import attention
 from .cache import Rows
 from .layers import PatchConv
-from .lean import Kernels
+from .fused import Kernels
 from .streams import cpu_streams
+from .vision import TowerKernels
 
 Floats = npt.NDArray[np.float32]
 Multiply = Callable[[mx.array], mx.array]  # (…, in) → (…, out)
@@ -37,6 +37,10 @@ MatrixRows = Callable[[slice, Floats], Floats]  # (which, room for as many) → 
 MOST_CORES = 4
 UNPACK_FROM = 4  # rows
 MANY = 64  # rows; a product with fewer is slow
+LONE_ROWS = 4  # up to as many are multiplied one by one, a block of the matrix after another
+FEW_ROWS = 12  # with a LARGE matrix, which memory delivers more slowly than it is multiplied with
+LARGE = 1 << 22  # numbers
+MOST_TURNED = 32  # rows; up to as many the matrix is the left side
 WORTH_SHARING = 1 << 18  # numbers of a packed matrix, a quarter of a millisecond; another thread takes up work in 50 µs
 BLOCK = 1 << 19  # numbers that are worked on at a time: two megabytes, which the cache holds
 SMALL = 1 << 16  # numbers; fewer are copied sooner than MLX makes room for them
@@ -75,12 +79,28 @@ def matmul(x: mx.array, rows: MatrixRows, count: int, step: int) -> mx.array:
     left = floats(x).reshape(-1, x.shape[-1])
     room = np.empty((step, x.shape[-1]), np.float32)
 
+    vectors = len(left) <= LONE_ROWS or (len(left) <= FEW_ROWS and count * x.shape[-1] > LARGE)
+    step = step or (min(count, max(1, BLOCK // x.shape[-1])) if 1 < len(left) and vectors else count)
+
     def write(out: Floats) -> None:
-        for start in range(0, count, step or count):
-            some = slice(start, start + (step or count))
-            np.matmul(left, rows(some, room).T, out=out[:, some])
+        for start in range(0, count, step):
+            some = slice(start, start + step)
+            _multiply(left, rows(some, room), out[:, some], vectors)
 
     return written((len(left), count), write).reshape(*x.shape[:-1], count).astype(x.dtype)
+
+
+def _multiply(left: Floats, part: Floats, out: Floats, vectors: bool) -> None:
+    """left (R, in) @ partᵀ (in, O) into out (R, O). OpenBLAS is slow where one side has few rows."""
+    if vectors:
+        for row, found in zip(left, out, strict=True):
+            np.matmul(part, row, out=found)
+    elif len(left) > MOST_TURNED:
+        np.matmul(left, part.T, out=out)
+    else:  # the few rows as the right side, as many of them as fill its kernels
+        full: Floats = np.zeros((-len(left) % 4 + len(left), left.shape[1]), np.float32)
+        full[: len(left)] = left
+        out[:] = (part @ full.T).T[: len(left)]
 
 
 def attend(
@@ -194,45 +214,37 @@ def written(shape: tuple[int, ...], write: Callable[[Floats], Any]) -> mx.array:
         return made
 
 
-def arrange(model: nn.Module) -> None:
-    """Give the modules of a tower, which call their matrices themselves, this way to multiply."""
-
-    def changed(_: str, module: nn.Module) -> nn.Module:
-        if isinstance(module, nn.Linear | nn.QuantizedLinear):
-            return FastLinear(module)
-        return FastPatches(module) if isinstance(module, PatchConv) else module
-
-    model.update_modules(tree_map_with_path(changed, model.leaf_modules(), is_leaf=nn.Module.is_module))
-
-
-class FastLinear(nn.Module):
-    """A matrix of any kind, with the parameters of the module it replaces."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        dict.update(self, module)
-        self._multiply = matrix(module)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        out = self._multiply(x)
-        return out + self.bias if "bias" in self else out
+def tower_kernels(tower: nn.Module) -> TowerKernels:
+    """For this tower: its matrices arranged, one by one, as `matrix` does."""
+    arranged = {
+        id(module): _with_bias(module)
+        for _, module in tower.named_modules()
+        if isinstance(module, nn.Linear | nn.QuantizedLinear | PatchConv)
+    }
+    return TowerKernels(lambda module, x: arranged[id(module)](x), attend_all, gelu_tanh)
 
 
-class FastPatches(nn.Module):
-    """A convolution over patches side by side is a matrix: (N, S, S, 3) → (N, S / patch, S / patch, out)."""
+def _with_bias(module: nn.Module) -> Multiply:
+    """What calling the module computes; a convolution over patches side by side is a matrix."""
+    if isinstance(module, PatchConv):
+        return _patches(module)
+    multiplied = matrix(module)
+    return lambda x: multiplied(x) + module.bias if "bias" in module else multiplied(x)
 
-    def __init__(self, conv: PatchConv) -> None:
-        super().__init__()
-        dict.update(self, conv)
-        self._patch = conv.stride[0]
 
-    def __call__(self, pixels: mx.array) -> mx.array:
+def _patches(conv: PatchConv) -> Multiply:
+    """(N, S, S, 3) → (N, S / patch, S / patch, out)"""
+    patch = conv.stride[0]
+    rows = _rows_of(conv.weight.flatten(1))
+
+    def convolved(pixels: mx.array) -> mx.array:
         count, side, _, channels = pixels.shape
-        patch, grid = self._patch, side // self._patch
+        grid = side // patch
         parts = pixels[:, : grid * patch, : grid * patch].reshape(count, grid, patch, grid, patch, channels)
-        weight = self.weight.flatten(1)
         flat = parts.transpose(0, 1, 3, 2, 4, 5).reshape(count, grid, grid, -1)
-        return matmul(flat, *_rows_of(weight)) + self.bias
+        return matmul(flat, *rows) + conv.bias
+
+    return convolved
 
 
 def _rows(module: nn.Module) -> tuple[MatrixRows, int, int]:

@@ -10,7 +10,7 @@ Image rows replace the rows at image tokens after the text rows were scaled, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,17 +18,18 @@ import numpy as np
 
 from ..config import Config
 from ..errors import PromptError
-from . import cpu
-from .attention import attend_all_padded
 from .cache import Caches, check_padding
-from .layers import Linear, gelu_tanh
-from .lean import Kernels, LeanText, Matrix, gpu_kernels
+from .context import Chunk
+from .layers import Linear
 from .text import TextModel
-from .vision import Projector, VisionTower
+from .vision import PLAIN, Projector, TowerKernels, VisionTower
 
 
 class Gemma3(nn.Module):
-    """Gemma 3 of any size, with or without the vision tower (`config.vision`)."""
+    """Gemma 3 of any size, with or without the vision tower (`config.vision`): the rule, as plain modules.
+
+    runner.py runs it on a device.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -39,40 +40,6 @@ class Gemma3(nn.Module):
         if config.vision is not None:
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config, config.vision)
-        self._lean: LeanText | None = None  # from `fuse`
-        self._head: Matrix = None  # likewise
-        self._widen_head = False
-        self.ahead = True  # see Kernels
-
-    def fuse(self, between: Callable[[], None] = lambda: None) -> None:
-        """Evaluate the weights and run on them in fewer steps (lean.py), arranged for the CPU where that is the device.
-
-        Logits are the same within rounding. Weights must not be replaced afterwards.
-
-        Args:
-            between: called before each layer; what it raises leaves the model as it was, its weights partly read.
-        """
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        embedding, dtype = self.language_model.embed_tokens, self.language_model.norm.weight.dtype
-        late = (
-            isinstance(embedding, nn.Embedding) and embedding.weight.dtype != dtype
-        )  # load_model(late_embedding=True)
-        self._widen_head = late and self.config.tie_word_embeddings
-        self.run_on(cpu.kernels() if on_cpu else gpu_kernels(), between)
-        if self.config.vision is not None:
-            for layer in self.vision_tower.encoder.layers:
-                layer.self_attn.attend = cpu.attend_all if on_cpu else attend_all_padded
-                layer.mlp.gelu = cpu.gelu_tanh if on_cpu else gelu_tanh
-            if on_cpu:
-                cpu.arrange(self.vision_tower)
-        mx.eval(self.parameters())
-
-    def run_on(self, kernels: Kernels, between: Callable[[], None] = lambda: None) -> None:
-        """The decoder and the head on these kernels."""
-        self._lean = LeanText(self.language_model, kernels, between)
-        self.ahead = kernels.ahead
-        tied = self.config.tie_word_embeddings
-        self._head = kernels.matrix(self.language_model.embed_tokens if tied else self.lm_head)
 
     def make_caches(
         self, *, padding: Sequence[int] | None = None, kv_bits: int = 16, local_kv_bits: int = 16
@@ -101,7 +68,6 @@ class Gemma3(nn.Module):
         """Logits for the next token after each token, or after the last one only.
 
         Image tokens attend to all of their own block, so a call holds whole blocks and the pictures of its own tokens.
-        The check of that reads `tokens`; a decode loop that must not wait for its own token calls `step`.
 
         Args:
             tokens: (B, L) int32.
@@ -119,21 +85,29 @@ class Gemma3(nn.Module):
         """
         self._check_pixels(pixels)
         features = self.encode_images(pixels) if pixels is not None and len(pixels) else None
-        return self.head(self.read(tokens, features, caches, last_only, padding=padding))
+        rows, blocks = self.embed(tokens, features, caches)
+        padding = caches.padding if caches is not None else check_padding(padding)
+        context = Chunk(rows.shape[1], caches, blocks, padding)
+        return self.head(self.language_model(rows, context, last_only=last_only))
 
-    def read(
+    def embed(
         self,
         tokens: mx.array | np.ndarray | Sequence[Sequence[int]],
         features: mx.array | None = None,
         caches: Caches | None = None,
-        last_only: bool = False,
-        *,
-        padding: Sequence[int] | None = None,
-    ) -> mx.array:
-        """As a call, without the head: (B, L or 1, D) normed rows.
+    ) -> tuple[mx.array, mx.array | None]:
+        """The rows that the decoder reads. Looks at `tokens` on the host, so they cannot be lazy for free.
 
         Args:
+            tokens: (B, L) int32.
             features: (N, T, D) from `encode_images`, the pictures of these tokens; None without pictures.
+            caches: what was read before; they note whether these tokens end in an image block.
+
+        Returns:
+            (B, L, D), and (B, L) int32 image blocks, 0 for text; None when there is no image token.
+
+        Raises:
+            PromptError: see `__call__`.
         """
         ids = np.asarray(tokens)
         if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
@@ -142,50 +116,21 @@ class Gemma3(nn.Module):
         rows = self.language_model.embed(mx.array(ids.astype(np.int32)))
         if features is not None and blocks is not None:
             rows = _replace_rows(rows, features, ids == self.config.image_token_id)
-        return self._decoder(
-            rows,
-            caches=caches,
-            blocks=mx.array(blocks) if blocks is not None else None,
-            padding=caches.padding if caches is not None else check_padding(padding),
-            last_only=last_only,
-        )
-
-    def step(self, tokens: mx.array, caches: Caches) -> mx.array:
-        """One decoded token a row: (B,) int32 → (B, V) float32. Never reads the token on the host.
-
-        As in the reference, a token that the model itself wrote is text, whatever its id.
-        """
-        caches.ends_in_image = False
-        if self._widen_head and self._lean is not None:
-            # Worth its time when a second token is asked for, not before the first.
-            embedding = self.language_model.embed_tokens
-            embedding.weight = embedding.weight.astype(self.language_model.norm.weight.dtype)
-            self._head = self._lean.kernels.matrix(embedding)
-            self._widen_head = False
-        hidden = self._decoder(self.language_model.embed(tokens[:, None]), caches=caches, padding=caches.padding)
-        return self.head(hidden)[:, 0]
-
-    @property
-    def _decoder(self) -> TextModel | LeanText:
-        return self._lean or self.language_model
+        return rows, mx.array(blocks) if blocks is not None else None
 
     def head(self, hidden: mx.array) -> mx.array:
         """(B, L, D) → (B, L, V) float32: the embedding, unscaled, or lm_head where the checkpoint has its own."""
-        if self._lean is not None:
-            logits = self._lean.kernels.multiply(hidden, self._head)
-        elif self.config.tie_word_embeddings:
-            logits = self.language_model.embed_tokens.as_linear(hidden)
-        else:
-            logits = self.lm_head(hidden)
+        tied = self.config.tie_word_embeddings
+        logits = self.language_model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
         return logits.astype(mx.float32)
 
-    def encode_images(self, pixels: mx.array | np.ndarray) -> mx.array:
+    def encode_images(self, pixels: mx.array | np.ndarray, kernels: TowerKernels = PLAIN) -> mx.array:
         """(N, S, S, 3) float32 in [-1, 1] → (N, T, D) rows.
 
         One picture after another: the score matrix of one is already patches² a head.
         """
         pixels = mx.array(pixels)
-        rows = [self.multi_modal_projector(self.vision_tower(pixels[n : n + 1])) for n in range(pixels.shape[0])]
+        rows = [self.multi_modal_projector(self.vision_tower(pixels[n : n + 1], kernels)) for n in range(pixels.shape[0])]
         return mx.concatenate(rows)
 
     def _check_pixels(self, pixels: mx.array | np.ndarray | None) -> None:

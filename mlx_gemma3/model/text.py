@@ -12,9 +12,8 @@ import mlx.nn as nn
 
 from ..config import TextConfig
 from .attention import attend
-from .cache import Caches, GlobalCache, WindowCache
+from .context import Context
 from .layers import Embedding, Linear, RMSNorm, Rope, gelu_tanh
-from .masks import attention_mask
 
 
 class Attention(nn.Module):
@@ -28,9 +27,9 @@ class Attention(nn.Module):
             config.head_dim,
         )
         self.scale = config.query_pre_attn_scalar**-0.5
-        far = config.is_global(layer)
-        self.window = None if far else config.sliding_window
-        theta, scale = (config.rope_theta, config.rope_scale) if far else (config.rope_local_theta, 1.0)
+        self.layer, is_global = layer, config.is_global(layer)
+        self.window = None if is_global else config.sliding_window
+        theta, scale = (config.rope_theta, config.rope_scale) if is_global else (config.rope_local_theta, 1.0)
         self.rotate = Rope(self.head_dim, theta, scale)
         size, q_size, kv_size = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj = Linear(size, q_size, bias=False)
@@ -40,13 +39,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
+    def __call__(self, x: mx.array, context: Context) -> mx.array:
         q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
         q, k = self.rotate(self.q_norm(q), context.positions), self.rotate(self.k_norm(k), context.positions)
-        keys, values = ((k,), (v,)) if cache is None else cache.update_and_fetch(k, v)  # S rows
-        mask = context.mask(keys[0].shape[2], self.window)
-        bits = 16 if cache is None else cache.keys.bits
-        out = attend(q, keys, values, scale=self.scale, mask=mask, bits=bits)  # (B, H, L, D)
+        out = context.attend(q, k, v, self, attend)  # (B, H, L, D)
         batch, _, length, _ = out.shape
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
@@ -70,7 +66,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each normed before and after, each added to the stream."""
+    """Attention and MLP, each normed before and after, each added to the residual."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -81,8 +77,8 @@ class DecoderLayer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, context: Context, cache: GlobalCache | WindowCache | None) -> mx.array:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), context, cache))
+    def __call__(self, x: mx.array, context: Context) -> mx.array:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), context))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -105,41 +101,8 @@ class TextModel(nn.Module):
         dtype = self.norm.weight.dtype
         return self.embed_tokens(tokens).astype(dtype) * mx.array(self.embed_scale, dtype=dtype)
 
-    def __call__(
-        self,
-        x: mx.array,
-        *,
-        caches: Caches | None = None,
-        blocks: mx.array | None = None,
-        padding: tuple[int, ...] | None = None,
-        last_only: bool = False,
-    ) -> mx.array:
-        """(B, L, D) rows → (B, L, D) normed rows, or (B, 1, D), the last ones.
-
-        Args:
-            blocks: (B, L) int, 0 for text, n for the tokens of the n-th image block.
-            padding: leading pad tokens of each row.
-        """
-        context = Context(x.shape[1], caches.offset if caches is not None else 0, blocks, padding)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, context, caches[index] if caches is not None else None)
+    def __call__(self, x: mx.array, context: Context, *, last_only: bool = False) -> mx.array:
+        """(B, L, D) rows → (B, L, D) normed rows, or (B, 1, D), the last ones."""
+        for layer in self.layers:
+            x = layer(x, context)
         return self.norm(x[:, -1:] if last_only else x)
-
-
-class Context:
-    """Where this call's tokens stand: what every layer needs to place and to mask them."""
-
-    def __init__(self, length: int, offset: int, blocks: mx.array | None, padding: tuple[int, ...] | None) -> None:
-        self.length, self.offset, self.blocks = length, offset, blocks
-        self.padding = mx.array(padding) if padding is not None else None
-        # The first real token of a padded row stands at position 0.
-        self.positions = mx.array(offset) if self.padding is None else offset - self.padding
-        self._masks: dict[int | None, mx.array | str | None] = {}
-
-    def mask(self, key_count: int, window: int | None) -> mx.array | str | None:
-        """One mask for all global layers and one for all local ones: layers of a kind hold as many keys."""
-        if window not in self._masks:
-            self._masks[window] = attention_mask(
-                self.length, self.offset, key_count, window=window, blocks=self.blocks, padding=self.padding
-            )
-        return self._masks[window]

@@ -6,6 +6,8 @@ Source of each rule: transformers 5.23, modeling_siglip.py and modeling_gemma3.p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +15,18 @@ import mlx.nn as nn
 from ..config import Config, VisionConfig
 from .attention import attend_all
 from .layers import Embedding, Linear, PatchConv, RMSNorm, gelu_tanh
+
+
+@dataclass(frozen=True)
+class TowerKernels:
+    """How a device computes the large parts of the tower. The defaults are the rule."""
+
+    multiply: Callable[[nn.Module, mx.array], mx.array] = lambda module, x: module(x)  # a matrix or convolution of it
+    attend: Callable[[mx.array, mx.array, mx.array, float], mx.array] = attend_all
+    gelu: Callable[[mx.array], mx.array] = gelu_tanh
+
+
+PLAIN = TowerKernels()
 
 
 class VisionEmbeddings(nn.Module):
@@ -24,9 +38,9 @@ class VisionEmbeddings(nn.Module):
         self.places = config.grid**2
         self.position_embedding = Embedding(self.places, config.hidden_size)
 
-    def __call__(self, pixels: mx.array) -> mx.array:
+    def __call__(self, pixels: mx.array, kernels: TowerKernels) -> mx.array:
         """(N, S, S, 3) → (N, patches, hidden)"""
-        patches = self.patch_embedding(pixels)  # (N, grid, grid, hidden)
+        patches = kernels.multiply(self.patch_embedding, pixels)  # (N, grid, grid, hidden)
         return patches.flatten(1, 2) + self.position_embedding(mx.arange(self.places))
 
 
@@ -40,16 +54,15 @@ class VisionAttention(nn.Module):
         self.k_proj = Linear(size, size, bias=True)
         self.v_proj = Linear(size, size, bias=True)
         self.out_proj = Linear(size, size, bias=True)
-        self.attend = attend_all  # Gemma3.fuse chooses what suits the device
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, kernels: TowerKernels) -> mx.array:
         count, length, _ = x.shape
         q, k, v = (
-            proj(x).reshape(count, length, self.heads, -1).transpose(0, 2, 1, 3)
+            kernels.multiply(proj, x).reshape(count, length, self.heads, -1).transpose(0, 2, 1, 3)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = self.attend(q, k, v, self.scale)  # (N, H, patches, D)
-        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(count, length, -1))
+        out = kernels.attend(q, k, v, self.scale)  # (N, H, patches, D)
+        return kernels.multiply(self.out_proj, out.transpose(0, 2, 1, 3).reshape(count, length, -1))
 
 
 class VisionMLP(nn.Module):
@@ -57,10 +70,9 @@ class VisionMLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
-        self.gelu = gelu_tanh  # and this
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(self.gelu(self.fc1(x)))
+    def __call__(self, x: mx.array, kernels: TowerKernels) -> mx.array:
+        return kernels.multiply(self.fc2, kernels.gelu(kernels.multiply(self.fc1, x)))
 
 
 class VisionLayer(nn.Module):
@@ -71,9 +83,9 @@ class VisionLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+    def __call__(self, x: mx.array, kernels: TowerKernels) -> mx.array:
+        x = x + self.self_attn(self.layer_norm1(x), kernels)
+        return x + self.mlp(self.layer_norm2(x), kernels)
 
 
 class VisionEncoder(nn.Module):
@@ -81,9 +93,9 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.layers = [VisionLayer(config) for _ in range(config.num_hidden_layers)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, kernels: TowerKernels) -> mx.array:
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, kernels)
         return x
 
 
@@ -96,10 +108,10 @@ class VisionTower(nn.Module):
         self.encoder = VisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def __call__(self, pixels: mx.array) -> mx.array:
+    def __call__(self, pixels: mx.array, kernels: TowerKernels = PLAIN) -> mx.array:
         """(N, S, S, 3) in [-1, 1] → (N, patches, hidden), in the dtype of the weights."""
         pixels = pixels.astype(self.post_layernorm.weight.dtype)
-        return self.post_layernorm(self.encoder(self.embeddings(pixels)))
+        return self.post_layernorm(self.encoder(self.embeddings(pixels, kernels), kernels))
 
 
 class Projector(nn.Module):

@@ -1,104 +1,72 @@
-"""One answer: a prompt is read into a timeline, pieces of text come out.
-
-Owns the streaming of text, stop strings and the accounts (`usage`). Runs in the engine's thread and knows nothing of
-threads.
-"""
+"""The text of one answer: tokens in, events out. Owns streaming, stop strings, and what ends an answer."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
-import mlx.core as mx
-
-from ..generation.sampling import Sampling
+from ..generation.choice import Likelihood
 from ..prompt.tokenizer import Tokenizer
-from .timeline import Timeline, Tokens
-
-Event = dict[str, Any]  # plain types only: it crosses into Swift
+from .events import Logprob, TextEvent, TokenLogprob
 
 
-def answer(
-    timeline: Timeline,
-    prompt: Tokens,
-    tokenizer: Tokenizer,
-    *,
-    features: Callable[[int], mx.array],
-    eos_ids: frozenset[int],
-    check: Callable[[mx.array], None] = lambda logits: None,
-    sampling: Sampling,
-    max_tokens: int,
-    max_context: int | None = None,
-    stop: Sequence[str] = (),
-    progress: Callable[[int, int], None],
-    cancelled: Callable[[], bool],
-) -> Iterator[Event]:
-    """Yield `text` events and in the end one `done` event.
+class Answer:
+    """What was written so far.
 
-    text: {"kind": "text", "text": str, "tokens": the ids behind it}. Never half a character; text that could be the
-    start of a stop string is held back until it cannot be.
-    done: {"kind": "done", "finish_reason": "stop" | "length" | "cancelled", "tokens": the ids since the last text
-    event, "usage": {…}}. The ids include the one that ended the answer.
+    Never half a character; text that could be the start of a stop string is held back until it cannot be.
 
     Args:
-        features: rows of the n-th picture of the prompt; see Timeline.read.
         eos_ids: tokens that end an answer.
-        check: given the (1, V) logits of the first token; what it raises ends the answer.
         stop: strings that end an answer. The name of a control token in them means the token, which no text shows, as
             well as the same characters.
-        max_context: most tokens of prompt and answer together; None for all that the model has positions for.
-
-    Raises:
-        ContextError: the prompt does not fit.
     """
-    began = time.perf_counter()
-    mx.reset_peak_memory()
-    logits, reused = timeline.read(prompt, features, limit=max_context, progress=progress, cancelled=cancelled)
-    read = first = time.perf_counter()
-    processed = timeline.caches.offset - reused
-    count, reason, waiting = 0, "length", []
-    if logits is None:
-        reason = "cancelled"
-    else:
-        check(logits)
-        text = tokenizer.stream(skip_special=True)
-        marks = _marks(stop, tokenizer)
-        stopper = StopStrings(stop, {tokenizer.piece(token): mark for token, mark in marks.items()})
-        with closing(timeline.write(logits, sampling=sampling, max_tokens=max_tokens, limit=max_context)) as steps:
-            for token in steps:
-                count += 1
-                if count == 1:
-                    first = time.perf_counter()
-                waiting.append(token)
-                if token in eos_ids:
-                    reason = "stop"
-                    break
-                if piece := stopper.push(text.finish() + marks[token] if token in marks else text.push(token)):
-                    yield {"kind": "text", "text": piece, "tokens": waiting}
-                    waiting = []
-                if stopper.found:
-                    break
-                if cancelled():
-                    reason = "cancelled"
-                    break
-        if rest := stopper.push(text.finish()) + stopper.finish():
-            yield {"kind": "text", "text": rest, "tokens": waiting}
-            waiting = []
-        reason = "stop" if stopper.found else reason
-    usage = {
-        "prompt_tokens": len(prompt),
-        "cached_tokens": reused,
-        "processed_tokens": processed,
-        "completion_tokens": count,
-        "prompt_seconds": read - began,
-        "first_token_seconds": first - began,
-        "answer_seconds": time.perf_counter() - read,
-        "peak_memory_bytes": mx.get_peak_memory(),
-    }
-    yield {"kind": "done", "finish_reason": reason, "tokens": waiting, "usage": usage}
+
+    def __init__(self, tokenizer: Tokenizer, *, eos_ids: frozenset[int], stop: Sequence[str] = ()) -> None:
+        self.tokens: list[int] = []  # the one that ended the answer included
+        self.text = ""
+        self.logprobs: list[TokenLogprob] = []
+        self.ended = False  # by an end token or a stop string
+        self._tokenizer, self._eos_ids = tokenizer, eos_ids
+        self._decoder = tokenizer.stream(skip_special=True)
+        self._marks = _marks(stop, tokenizer)
+        self._stopper = StopStrings(stop, {tokenizer.piece(token): mark for token, mark in self._marks.items()})
+        self._told = 0  # tokens that an event told of
+
+    def push(self, token: int, likelihood: Likelihood | None = None) -> TextEvent | None:
+        """Take a token; what can be shown of it now."""
+        self.tokens.append(token)
+        if likelihood is not None:
+            self.logprobs.append(self._logprob(token, likelihood))
+        if token in self._eos_ids:
+            self.ended = True
+            return None
+        marks = self._marks
+        text = self._decoder.finish() + marks[token] if token in marks else self._decoder.push(token)
+        piece = self._stopper.push(text)
+        self.ended = self._stopper.found
+        return self._event(piece) if piece else None
+
+    def finish(self) -> TextEvent | None:
+        """The answer is over: what was held back."""
+        rest = self._stopper.push(self._decoder.finish()) + self._stopper.finish()
+        self.ended = self.ended or self._stopper.found
+        return self._event(rest) if rest else None
+
+    def _event(self, text: str) -> TextEvent:
+        self.text += text
+        event: TextEvent = {"kind": "text", "text": text, "tokens": self.tokens[self._told :]}
+        if self.logprobs:
+            event["logprobs"] = self.logprobs[self._told :]
+        self._told = len(self.tokens)
+        return event
+
+    def _logprob(self, token: int, likelihood: Likelihood) -> TokenLogprob:
+        top = [self._one(other, logprob) for other, logprob in likelihood.top]
+        one = self._one(token, likelihood.logprob)
+        return {"token": token, "text": one["text"], "logprob": one["logprob"], "top": top}
+
+    def _one(self, token: int, logprob: float) -> Logprob:
+        return {"token": token, "text": self._tokenizer.decode([token]), "logprob": logprob}
 
 
 def _marks(stop: Sequence[str], tokenizer: Tokenizer) -> dict[int, str]:

@@ -1,25 +1,28 @@
 """The engine: what programs hold. One thread owns all MLX work, and streams that any thread may pull from.
 
 MLX's lazy arrays belong to the thread that made them: the model is loaded and run in one thread of the engine's own
-(thread.py, host.py), requests wait in a queue and are served in order. The caller pulls (`Stream.next`), nothing is
-pushed.
+(thread.py), which writes several answers at once (scheduler.py). The caller pulls (`Stream.next`), nothing is pushed.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 from ..arguments import takes
 from ..errors import OptionError
 from ..prompt import snapshot
 from . import session_file
-from .host import EngineOptions, Request
+from .conversation import Conversation
+from .loaded import About, EngineOptions
 from .options import Options, OptionValues
-from .session import Conversation
+from .prompts import processed, said
+from .request import Request
+from .scheduler import Scheduler
 from .stream import AsyncStream, Messages, Picture, Piece, Reply, Stream
 from .thread import EngineThread
 
@@ -27,6 +30,22 @@ __all__ = ["AsyncStream", "Engine", "Piece", "Reply", "Session", "Stream", "load
 
 
 Pictures = Picture | Sequence[Picture] | None
+T = TypeVar("T")
+
+
+class LoadOptions(TypedDict, total=False):
+    """The keyword arguments of `Engine`."""
+
+    dtype: str
+    text_only: bool
+    kv_bits: int
+    local_kv_bits: int
+    max_context: int | None
+    parallel: int
+    queue: int
+    force: bool
+    quiet: bool
+    wait: bool
 
 
 class Engine:
@@ -39,6 +58,8 @@ class Engine:
         kv_bits: how global layers keep keys and values: 16, 8 or 4.
         local_kv_bits: the same for local layers.
         max_context: most tokens of a prompt and its answer; None for all that the model has positions for.
+        parallel: most answers that are written at once; others wait in order, as they do where memory does not last.
+        queue: most that wait.
         force: load even where memory will not do.
         quiet: no download bars on stderr.
         wait: return when the model is ready. If False return at once: requests wait in line until it is, and what
@@ -50,7 +71,7 @@ class Engine:
 
     @takes(
         source="path", dtype="text", text_only="switch", kv_bits="whole", local_kv_bits="whole", max_context="whole",
-        force="switch", quiet="switch", wait="switch",
+        parallel="whole", queue="whole", force="switch", quiet="switch", wait="switch",
     )  # fmt: skip
     def __init__(
         self,
@@ -61,18 +82,23 @@ class Engine:
         kv_bits: int = 16,
         local_kv_bits: int = 16,
         max_context: int | None = None,
+        parallel: int = 8,
+        queue: int = 256,
         force: bool = False,
         quiet: bool = False,
         wait: bool = True,
     ) -> None:
-        if max_context is not None and max_context < 1:
-            raise OptionError("max_context", got=max_context, want=">= 1")
+        for name, value, least in (("max_context", max_context, 1), ("parallel", parallel, 1), ("queue", queue, 0)):
+            if value is not None and value < least:
+                raise OptionError(name, got=value, want=f">= {least}")
         options = EngineOptions(
             dtype=dtype,
             text_only=text_only,
             kv_bits=kv_bits,
             local_kv_bits=local_kv_bits,
             max_context=max_context,
+            parallel=parallel,
+            queue=queue,
             force=force,
             quiet=quiet,
         )
@@ -95,11 +121,20 @@ class Engine:
         return self._thread.wait_until_loaded(timeout)
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What was loaded, in plain types: "name", "instruct" (tuned for chat), "vision" (takes pictures),
-        "max_context" (tokens), "weights_bytes", "notes" (sentences on how the checkpoint was understood, often none).
+    def about(self) -> About:
+        """What was loaded. Waits for the model, never for an answer."""
+        return self._thread.loaded.about
+
+    def count_tokens(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> int:
+        """How many tokens the prompt of such a request has. Prepared in this thread, beside answers.
+
+        Raises:
+            Gemma3Error: what `generate` would refuse of it.
         """
-        return self._thread.call(lambda host: host.about())
+        asked, pictures, loaded = snapshot.said(prompt), snapshot.pictures(images), self._thread.loaded
+        settings = Options.build(options)
+        messages = said(loaded, asked, pictures, settings)
+        return len(processed(loaded, messages, pictures, settings, lambda *_: None).tokens)
 
     def stream(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> Stream:
         """Start an answer and return at once. What is handed in is copied: changed afterwards, it changes nothing.
@@ -126,14 +161,45 @@ class Engine:
         """As `stream`, for asyncio: `async for piece in engine.astream(…)`. Cancelling the task cancels the answer."""
         return AsyncStream(self.stream(prompt, images=images, **options))
 
-    def generate(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> Reply:
+    @overload
+    def generate(
+        self, prompt: str | Messages, *, images: Pictures = (), n: None = None, **options: Unpack[OptionValues]
+    ) -> Reply: ...
+    @overload
+    def generate(
+        self, prompt: str | Messages, *, images: Pictures = (), n: int, **options: Unpack[OptionValues]
+    ) -> list[Reply]: ...
+    @takes(n="whole")
+    def generate(
+        self, prompt: str | Messages, *, images: Pictures = (), n: int | None = None, **options: Unpack[OptionValues]
+    ) -> Reply | list[Reply]:
         """As `stream`, and wait for the whole answer.
+
+        Args:
+            n: so many answers, as a list; the prompt is read once. With a seed the first has that one, the next one
+                more, and so on.
 
         Raises:
             Gemma3Error: whatever went wrong.
         """
-        with self.stream(prompt, images=images, **options) as stream:
-            return stream.reply
+        if n is None:
+            with self.stream(prompt, images=images, **options) as stream:
+                return stream.reply
+        if n < 1:
+            raise OptionError("n", got=n, want=">= 1")
+        settings = Options.build(options)
+        first = Request(snapshot.said(prompt), snapshot.copied(snapshot.pictures(images)), settings)
+        requests = [first]
+        for number in range(1, n):
+            seed = None if settings.seed is None else (settings.seed + number) % 2**64
+            requests.append(Request(first.prompt, first.images, replace(settings, seed=seed), like=first))
+        self._thread.submit(*requests)
+        streams = [Stream(request, self) for request in requests]
+        try:
+            return [stream.reply for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
 
     @takes(system="text", resume="path")
     def session(self, *, system: str | None = None, resume: str | Path | None = None) -> Session:
@@ -148,10 +214,15 @@ class Engine:
             SessionError: the file is damaged, or belongs to another model.
         """
         if resume is None:
-            return Session(self, self._thread.call(lambda host: host.new_conversation(system)))
+            loaded = self._thread.loaded
+            if not loaded.checkpoint.instruct:
+                raise OptionError(
+                    "session", got=f"{loaded.checkpoint.name}, a base checkpoint", want="one that was tuned for chat"
+                )
+            return Session(self, self._thread.call(lambda scheduler: scheduler.new_conversation(system)))
         if system is not None:
             raise OptionError("system", got="a text for a conversation that has begun", want="none")
-        return Session(self, self._thread.call(lambda host: session_file.read(resume, host)))
+        return Session(self, self._thread.call(lambda scheduler: session_file.read(resume, scheduler)))
 
     def close(self) -> None:
         """Cancel what is in work, end the thread, free the model. Any thread, any number of times.
@@ -169,7 +240,7 @@ class Engine:
 
 
 class Session:
-    """A conversation. Turns are served in the order in which they were sent; usable from any thread."""
+    """A conversation. What is asked of it is done in the order in which it was; usable from any thread."""
 
     def __init__(self, engine: Engine, conversation: Conversation) -> None:
         self._engine, self._thread, self._conversation = engine, engine._thread, conversation
@@ -195,17 +266,17 @@ class Session:
 
     def undo(self) -> None:
         """Forget the last turn and its answer. To edit a turn: undo, then send. Raises PromptError without a turn."""
-        self._thread.call(lambda _: self._conversation.withdraw())
+        self._call(lambda _: self._conversation.withdraw())
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """What was said, as plain messages; a picture is an item of type image."""
-        return self._thread.call(lambda _: self._conversation.messages())
+        return self._call(lambda _: self._conversation.messages())
 
     @property
     def tokens(self) -> int:
         """Tokens of the conversation so far."""
-        return self._thread.call(lambda host: len(self._conversation.prompt(host.processor)))
+        return self._call(lambda _: len(self._conversation.prompt()))
 
     @takes(path="path", replace="switch")
     def save(self, path: str | Path, *, replace: bool = True) -> None:
@@ -218,30 +289,12 @@ class Session:
         Raises:
             OutputError: the file cannot be written; what was there before stays.
         """
-        self._thread.call(lambda host: session_file.write(path, self._conversation, host, replace=replace))
+        self._call(lambda scheduler: session_file.write(path, self._conversation, scheduler, replace=replace))
+
+    def _call(self, work: Callable[[Scheduler], T]) -> T:
+        return self._thread.call(work, self._conversation)
 
 
-def load(
-    source: str | Path,
-    *,
-    dtype: str = "auto",
-    text_only: bool = False,
-    kv_bits: int = 16,
-    local_kv_bits: int = 16,
-    max_context: int | None = None,
-    force: bool = False,
-    quiet: bool = False,
-    wait: bool = True,
-) -> Engine:
+def load(source: str | Path, **options: Unpack[LoadOptions]) -> Engine:
     """Load a checkpoint and start its engine. See `Engine` for the arguments and errors."""
-    return Engine(
-        source,
-        dtype=dtype,
-        text_only=text_only,
-        kv_bits=kv_bits,
-        local_kv_bits=local_kv_bits,
-        max_context=max_context,
-        force=force,
-        quiet=quiet,
-        wait=wait,
-    )
+    return Engine(source, **options)

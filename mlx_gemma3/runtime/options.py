@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 from ..arguments import argument, described
@@ -25,7 +25,11 @@ class OptionValues(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
     seed: int | None
+    logprobs: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +51,17 @@ class Options:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these token ids
     seed: int | None = None
+    logprobs: int | None = None  # tell the log-probability of each token, and of so many of the likeliest ones
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = argument(field.name, getattr(self, field.name), _KINDS[field.name], field.default)
-            object.__setattr__(self, field.name, value)
+        for one in fields(self):
+            default = {} if one.name == "logit_bias" else one.default
+            value = argument(one.name, getattr(self, one.name), _KINDS[one.name], default)
+            object.__setattr__(self, one.name, value)
         if self.max_tokens < 1:
             raise OptionError("max_tokens", got=described(self.max_tokens), want="a whole number >= 1")
         if not all(self.stop):
@@ -66,7 +75,7 @@ class Options:
         Raises:
             OptionError: an unknown name, or a value outside its range.
         """
-        known = [field.name for field in fields(cls)]
+        known = [one.name for one in fields(cls)]
         for name in values:
             if name not in known:
                 raise OptionError(f"option {name}", got="an unknown name", want=", ".join(known))
@@ -79,7 +88,8 @@ class Options:
             values["temperature"] = 0.0
         asked = {name: getattr(self, name) for name in _SAMPLING}
         values |= {name: value for name, value in asked.items() if value is not None}
-        return Sampling(**values, seed=self.seed)
+        own = {name: getattr(self, name) for name in _OWN if getattr(self, name) is not None}
+        return Sampling(**values, **own)
 
 
 _KINDS = {  # of arguments.KINDS
@@ -94,6 +104,11 @@ _KINDS = {  # of arguments.KINDS
     "top_p": "number",
     "min_p": "number",
     "repetition_penalty": "number",
+    "presence_penalty": "number",
+    "frequency_penalty": "number",
+    "logit_bias": "biases",
     "seed": "whole",
+    "logprobs": "whole",
 }
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_OWN = ("presence_penalty", "frequency_penalty", "logit_bias", "seed", "logprobs")  # no generation_config.json has them

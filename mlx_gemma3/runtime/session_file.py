@@ -23,14 +23,13 @@ import mlx.core as mx
 import numpy as np
 
 from .. import writing
-from ..checkpoint.fingerprint import fingerprint
 from ..errors import OutputError, SessionError
-from ..model.cache import Caches, GlobalCache, Rows, Snapshot
+from ..model.cache import Caches, CacheState
 from ..reading import MOST_JSON, open_regular, parse_json
 from ..visible import listed
-from .host import Host
-from .session import Conversation
-from .session_state import BORDER_LOGITS, PICTURE, SIDES, State, optional_shapes, plain, read_state, shapes
+from .conversation import Conversation
+from .scheduler import Scheduler
+from .session_state import BORDER_LOGITS, PICTURE, State, optional_shapes, plain, read_state, shapes
 
 FORMAT, VERSION = "mlx-gemma3 session", 1
 _NO_DIGEST = "0" * 64
@@ -46,7 +45,7 @@ _DTYPES: Mapping[str, tuple[type[np.generic], mx.Dtype]] = {
 }
 
 
-def write(path: str | Path, conversation: Conversation, host: Host, *, replace: bool = True) -> None:
+def write(path: str | Path, conversation: Conversation, scheduler: Scheduler, *, replace: bool = True) -> None:
     """Write under a temporary name, then rename: the old file or the new one, never a third thing.
 
     Args:
@@ -55,26 +54,15 @@ def write(path: str | Path, conversation: Conversation, host: Host, *, replace: 
     Raises:
         OutputError: the file cannot be written, or holds what this conversation does not know.
     """
-    caches = conversation.timeline.caches
     for name in list(conversation.pixels):  # of a turn that was cancelled before they were encoded
-        conversation.rows(name, partial(host.features.get, host.model, name))
-    arrays = {f"{PICTURE}{name}": rows for name, rows in conversation.features.items()}
-    for number, layer in enumerate(caches):
-        stop = layer.offset if isinstance(layer, GlobalCache) else layer.filled
-        for side, buffer in zip(SIDES, (layer.keys, layer.values), strict=True):
-            if stop:
-                parts = buffer.view(0, stop)
-                arrays |= {f"layer.{number}.{side}.{part}": rows for part, rows in enumerate(parts)}
-    border = _border(caches)
-    if border is not None:
-        arrays |= _snapshot_arrays(border)
-    filled = [0 if isinstance(layer, GlobalCache) else layer.filled for layer in caches]
-    held = None if border is None else (border.position, [layer[0] if layer else 0 for layer in border.layers])
+        conversation.rows(name, partial(scheduler.encode, name))
+    caches = conversation.timeline.caches.state()
+    arrays = {f"{PICTURE}{name}": rows for name, rows in conversation.features.items()} | dict(caches.arrays)
     state = {
         "version": VERSION,
-        "fingerprint": fingerprint(host.checkpoint),
-        "settings": _settings(host),
-        **plain(conversation, filled, held),
+        "fingerprint": scheduler.loaded.identity.weights,
+        "settings": _settings(scheduler),
+        **plain(conversation, caches),
     }
     arrays = {name: mx.contiguous(array) for name, array in arrays.items()} or {"empty": mx.zeros((1,))}
     metadata = {"format": FORMAT, "digest": _NO_DIGEST, "state": json.dumps(state)}
@@ -103,7 +91,7 @@ def _lost(path: str | Path, got: str) -> OutputError:
     )
 
 
-def read(path: str | Path, host: Host) -> Conversation:
+def read(path: str | Path, scheduler: Scheduler) -> Conversation:
     """Read a conversation that this model can go on with.
 
     Raises:
@@ -112,14 +100,14 @@ def read(path: str | Path, host: Host) -> Conversation:
     """
     try:
         with open_regular(Path(path).expanduser()) as file:
-            conversation = _read(file, path, host)
+            conversation = _read(file, path, scheduler)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: `~name` of nobody; ValueError: a NUL
         raise SessionError(f"{path}", got=getattr(error, "strerror", None) or error, want=_WANT) from None
     conversation.places.add(Path(os.path.realpath(Path(path).expanduser())))
     return conversation
 
 
-def _read(file: BinaryIO, path: str | Path, host: Host) -> Conversation:
+def _read(file: BinaryIO, path: str | Path, scheduler: Scheduler) -> Conversation:
     header, start = _header(file, path)
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
@@ -134,20 +122,29 @@ def _read(file: BinaryIO, path: str | Path, host: Host) -> Conversation:
         )
     if said != _digest(file):
         raise SessionError(f"{path}", got="a file that was cut or changed", want="every byte as it was written")
-    if state.get("fingerprint") != fingerprint(host.checkpoint):
-        raise SessionError(f"{path}", got="a conversation with another model", want=f"one with {host.checkpoint.name}")
-    settings, now = state.get("settings"), _settings(host)
+    loaded = scheduler.loaded
+    if state.get("fingerprint") != loaded.identity.weights:
+        raise SessionError(
+            f"{path}", got="a conversation with another model", want=f"one with {loaded.checkpoint.name}"
+        )
+    settings, now = state.get("settings"), _settings(scheduler)
     if settings != now:
         known = settings.items() if isinstance(settings, dict) else ()
         differ = ", ".join(f"{name} {value}" for name, value in known if now.get(name) != value)
         raise SessionError(
             f"{path}", got=f"a conversation with {differ or 'no settings'}", want="the settings of this engine"
         )
-    timeline = host.new_timeline()
-    believed = read_state(state, path, timeline.caches, host.checkpoint.config)
-    entries = _entries(header, believed, timeline.caches, host, path, os.fstat(file.fileno()).st_size - start)
-    conversation = Conversation(timeline, believed.system)
-    _fill(conversation, _arrays(file, start, entries), believed)
+    conversation = scheduler.new_conversation(None)
+    caches = conversation.timeline.caches
+    believed = read_state(state, path, caches, loaded.config)
+    size = os.fstat(file.fileno()).st_size - start
+    arrays = _arrays(file, start, _entries(header, believed, caches, scheduler, path, size))
+    caches.restore(CacheState(believed.offset, believed.filled, believed.border, arrays))
+    conversation.timeline.tokens = believed.tokens
+    conversation.system, conversation.exchanges = believed.system, list(believed.exchanges)
+    conversation.features = {
+        name.removeprefix(PICTURE): rows for name, rows in arrays.items() if name.startswith(PICTURE)
+    }
     conversation.versions.add(str(said))
     return conversation
 
@@ -165,14 +162,14 @@ def _header(file: BinaryIO, path: str | Path) -> tuple[dict[str, Any], int]:
 
 
 def _entries(
-    header: dict[str, Any], state: State, caches: Caches, host: Host, path: str | Path, nbytes: int
+    header: dict[str, Any], state: State, caches: Caches, scheduler: Scheduler, path: str | Path, nbytes: int
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Names, dtypes and shapes of the arrays in the order of their data, each as it must be.
 
     Raises:
         SessionError: one is missing, too many, of another shape or dtype, or their data are not `nbytes` without gaps.
     """
-    config = host.checkpoint.config
+    config = scheduler.loaded.config
     must = shapes(state, caches, config)
     wanted = optional_shapes(state, header, config) | must
     wrong = partial(SessionError, want="the arrays of the conversation it tells of", do="delete it")
@@ -224,56 +221,10 @@ def _arrays(file: BinaryIO, start: int, entries: list[tuple[str, str, tuple[int,
     return arrays
 
 
-def _fill(conversation: Conversation, arrays: dict[str, mx.array], state: State) -> None:
-    """Put what was read into its place."""
-    timeline = conversation.timeline
-    for number, layer in enumerate(timeline.caches):
-        layer.offset = state.offset
-        if not isinstance(layer, GlobalCache):
-            layer.filled = state.filled[number]
-        for side, buffer in zip(SIDES, (layer.keys, layer.values), strict=True):
-            buffer.parts = list(_parts(arrays, f"layer.{number}.{side}"))
-    if state.border is not None:
-        timeline.caches.snapshots = [_snapshot(arrays, *state.border)]
-    timeline.tokens = state.tokens
-    conversation.exchanges = list(state.exchanges)
-    conversation.features = {
-        name.removeprefix(PICTURE): rows for name, rows in arrays.items() if name.startswith(PICTURE)
-    }
-
-
-def _parts(arrays: dict[str, mx.array], name: str) -> Rows:
-    return tuple(arrays[part] for part in (f"{name}.{number}" for number in range(3)) if part in arrays)
-
-
-def _border(caches: Caches) -> Snapshot | None:
-    """The end of the last prompt, where the local layers have moved on since: from there an answer is given again."""
-    last = caches.snapshots[-1] if caches.snapshots else None
-    return None if last is None or all(layer.reaches(last.position) for layer in caches) else last
-
-
-def _snapshot_arrays(border: Snapshot) -> dict[str, mx.array]:
-    arrays = {} if border.logits is None else {BORDER_LOGITS: border.logits}
-    for number, layer in enumerate(border.layers):
-        if layer is not None:
-            filled, *sides = layer
-            for side, rows in zip(("keys", "values"), sides, strict=True):
-                arrays |= {f"border.{number}.{side}.{part}": x[:, :, :filled] for part, x in enumerate(rows)}
-    return arrays
-
-
-def _snapshot(arrays: dict[str, mx.array], position: int, filled: tuple[int, ...]) -> Snapshot:
-    layers = tuple(
-        (count, _parts(arrays, f"border.{number}.keys"), _parts(arrays, f"border.{number}.values")) if count else None
-        for number, count in enumerate(filled)
-    )
-    return Snapshot(position, layers, arrays.get(BORDER_LOGITS))
-
-
-def _settings(host: Host) -> dict[str, Any]:
+def _settings(scheduler: Scheduler) -> dict[str, Any]:
     """What the caches' contents depend on beside the weights."""
-    dtype = str(host.model.language_model.norm.weight.dtype).removeprefix("mlx.core.")
-    return {"dtype": dtype, "kv_bits": host.options.kv_bits, "local_kv_bits": host.options.local_kv_bits}
+    identity = scheduler.loaded.identity
+    return {"dtype": identity.dtype, "kv_bits": identity.kv_bits, "local_kv_bits": identity.local_kv_bits}
 
 
 def _sign(file: BinaryIO) -> str:

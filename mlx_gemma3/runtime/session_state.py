@@ -13,8 +13,8 @@ from typing import Any
 
 from ..config import Config
 from ..errors import SessionError
-from ..model.cache import KV_GROUP, Buffer, Caches, GlobalCache, WindowCache
-from .session import Conversation, Exchange
+from ..model.cache import KV_GROUP, Caches, CacheState, WindowCache
+from .conversation import Conversation, Exchange
 from .timeline import Tokens
 
 FLOATS = ("F32", "BF16", "F16")  # as safetensors spells them
@@ -35,12 +35,12 @@ class State:
     exchanges: tuple[Exchange, ...]
 
 
-def plain(conversation: Conversation, filled: list[int], border: tuple[int, list[int]] | None) -> dict[str, Any]:
+def plain(conversation: Conversation, caches: CacheState) -> dict[str, Any]:
     """What `read_state` reads, as JSON takes it."""
     return {
-        "offset": conversation.timeline.caches.offset,
-        "filled": filled,
-        "border": None if border is None else list(border),
+        "offset": caches.offset,
+        "filled": caches.filled,
+        "border": caches.border,
         "tokens": asdict(conversation.timeline.tokens),
         "system": conversation.system,
         "exchanges": [asdict(exchange) for exchange in conversation.exchanges],
@@ -87,12 +87,12 @@ def shapes(state: State, caches: Caches, config: Config) -> dict[str, tuple[tupl
     """The dtypes and the shape of each array that must be there, by name."""
     wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
     for number, (layer, filled) in enumerate(zip(caches, state.filled, strict=True)):
-        rows = state.offset if isinstance(layer, GlobalCache) else filled
-        wanted |= _rows(f"layer.{number}", layer.keys, rows, config)
+        rows = state.offset if layer.window is None else filled
+        wanted |= _rows(f"layer.{number}", layer.bits, rows, config)
     if state.border is not None:
         for number, (layer, filled) in enumerate(zip(caches, state.border[1], strict=True)):
-            if isinstance(layer, WindowCache):
-                wanted |= _rows(f"border.{number}", layer.keys, filled, config)
+            if layer.window is not None:
+                wanted |= _rows(f"border.{number}", layer.bits, filled, config)
     for exchange in state.exchanges:
         for name in exchange.asked.digests:
             wanted[PICTURE + name] = picture_shape(config)
@@ -115,9 +115,9 @@ def picture_shape(config: Config) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return FLOATS, (config.mm_tokens_per_image, config.text.hidden_size)
 
 
-def _rows(name: str, buffer: Buffer, rows: int, config: Config) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+def _rows(name: str, bits: int, rows: int, config: Config) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """Of keys and values of one layer; none where there are no rows."""
-    heads, dim, bits = config.text.num_key_value_heads, config.text.head_dim, buffer.bits
+    heads, dim = config.text.num_key_value_heads, config.text.head_dim
     if not rows:
         return {}
     parts = [(FLOATS, dim)] if bits == 16 else [(("U32",), dim * bits // 32), *[(FLOATS, dim // KV_GROUP)] * 2]

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from ..arguments import takes
 from ..errors import ClosedError, Gemma3Error
+from .events import Event, TokenLogprob, Usage
 
 Messages = Sequence[dict[str, Any]]
 Picture = Any  # a path, the bytes of a file, or a PIL image
-Event = dict[str, Any]  # plain types only: it crosses into Swift
 
 
 class Piece(NamedTuple):
@@ -37,7 +37,8 @@ class Reply:
     text: str
     tokens: list[int]  # as generated, the one that ended the answer included
     finish_reason: str  # "stop" | "length" | "cancelled"
-    usage: dict[str, Any]
+    usage: Usage
+    logprobs: list[TokenLogprob] | None = None  # one for each of `tokens`, when they were asked for
 
 
 def check_process(loaded_in: int) -> None:
@@ -124,7 +125,7 @@ class Stream:
             return self._end
         event = self._channel.get(timeout)
         if event is None:
-            return dict(_NOTHING)
+            return {"kind": "pending"}
         if event["kind"] in ("done", "error"):
             self._end, self._owner = event, None
             self._channel.put(event)  # for another thread that waits here
@@ -163,7 +164,7 @@ class Stream:
             pass
         end = self._end
         assert end is not None and end["kind"] == "done", end
-        return Reply(end["text"], end["tokens"], end["finish_reason"], end["usage"])
+        return Reply(end["text"], end["tokens"], end["finish_reason"], end["usage"], end.get("logprobs"))
 
     def listen(self, listener: Callable[[], None] | None) -> None:
         """Call this whenever an event has come, in the engine's thread, which waits for it; None: call nothing."""

@@ -1,4 +1,4 @@
-"""The engine's thread: everything that MLX made lives and dies in it. Serves what waits in a queue, in order.
+"""The engine's thread: everything that MLX made lives and dies in it. Runs the scheduler, turn after turn.
 
 A process that was forked has none of the threads of its parent, neither the engine's nor MLX's own: nothing can be
 answered there, nor another engine be loaded. So every call looks which process it is in, and takes no lock before.
@@ -12,7 +12,6 @@ import functools
 import os
 import queue
 import threading
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,15 +20,21 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from ..checkpoint.source import resolve
-from ..errors import ClosedError, Gemma3Error
+from ..errors import BusyError, ClosedError, Gemma3Error
 from ..model.streams import lent
-from .host import EngineOptions, Host, Request
+from .conversation import Conversation
+from .job import Job
+from .loaded import EngineOptions, Loaded
+from .loading import load, warm_up
+from .request import Request
+from .scheduler import Call, Scheduler, known
 from .stream import check_process
 
 IDLE = 0.1  # seconds after loading in which nobody asked for anything
+_BEAT = 0.02  # seconds between two looks whether one was cancelled whose prompt is being prepared
 
 T = TypeVar("T")
-_Call = tuple[Future[Any], Callable[[Host], Any]]
+_Item = Request | Call | Callable[[], None] | None
 
 
 class EngineThread(threading.Thread):
@@ -40,10 +45,11 @@ class EngineThread(threading.Thread):
         self._process = _first_process()
         check_process(self._process)
         self._source, self._options = source, options
-        self._queue: queue.SimpleQueue[Request | _Call | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._loaded = threading.Event()  # or failed
         self._error: Exception | None = None  # of loading
-        self._current: Request | None = None
+        self._known: Loaded | None = None
+        self._scheduler: Scheduler | None = None
         self._closing = False
         self._fetching = True  # not yet in MLX: a download may take its time, and nobody has to wait for it
         self._lock = threading.RLock()  # no request may slip in behind the end; collected objects may come in again
@@ -59,25 +65,49 @@ class EngineThread(threading.Thread):
             raise self._error
         return True
 
-    def submit(self, request: Request) -> None:
-        """Queue an answer. Raises ClosedError. An engine that could not load answers with that error."""
+    @property
+    def loaded(self) -> Loaded:
+        """What was loaded, as soon as it is; never waits for an answer. Raises what went wrong."""
+        self.wait_until_loaded()
+        assert self._known is not None
+        return self._known
+
+    def submit(self, *requests: Request) -> None:
+        """Put answers in line, together. An engine that could not load answers with that error.
+
+        Raises:
+            ClosedError: the engine was closed.
+            BusyError: too many wait already.
+        """
         check_process(self._process)
         with self._lock:
             self._check_open()
             if self._error is None:
-                self._queue.put(request)
+                waiting = self._queue.qsize() + (self._scheduler.waiting if self._scheduler is not None else 0)
+                most = self._options.queue + self._options.parallel
+                if waiting + len(requests) > most:
+                    raise BusyError(
+                        "queue", got=f"{waiting} requests that wait", want=f"at most {most}", do="wait for one to end"
+                    )
+                for request in requests:
+                    self._queue.put(request)
                 return
-        request.fail(_known(self._error))
+        for request in requests:
+            request.fail(known(self._error))
 
-    def call(self, work: Callable[[Host], T]) -> T:
-        """Run something in the thread, after what was queued before, and wait for its result."""
+    def call(self, work: Callable[[Scheduler], T], conversation: Conversation | None = None) -> T:
+        """Run something in the thread, between two steps, and wait for its result.
+
+        Args:
+            conversation: it runs after all that was asked of this one before.
+        """
         check_process(self._process)
         future: Future[T] = Future()
         with self._lock:
             self._check_open()
             if self._error is not None:
                 raise self._error
-            self._queue.put((future, work))
+            self._queue.put(Call(work, future, conversation))
         return future.result()
 
     def stop(self) -> None:
@@ -85,8 +115,6 @@ class EngineThread(threading.Thread):
         self._closing = True
         if os.getpid() != self._process:
             return
-        if (current := self._current) is not None:
-            current.cancel()
         self._queue.put(None)
 
     def close(self) -> None:
@@ -106,73 +134,76 @@ class EngineThread(threading.Thread):
         try:
             resolved = resolve(self._source, text_only=self._options.text_only, quiet=self._options.quiet)
             self._fetching = False
-            host = Host(resolved, self._options, lambda: self._closing)
+            loaded, runner, budget = load(resolved, self._options, lambda: self._closing)
+            scheduler = Scheduler(loaded, runner, budget, self._queue.put)
         except Exception as error:  # raised again in the thread that asked for the engine
-            known = _known(error)
+            failed = known(error)
             with self._lock:
                 self._error = error
                 self._queue.put(None)
             self._loaded.set()
-            self._refuse_rest(known)
+            self._refuse_rest(failed)
             return
         finally:
             self._fetching = False
+        self._known, self._scheduler = loaded, scheduler
         self._loaded.set()
         try:
             item = self._queue.get(timeout=IDLE)
         except queue.Empty:
             with contextlib.suppress(Exception):  # what fails here fails again for the request that needs it
-                host.warm_up()
+                warm_up(loaded, runner)
             item = self._queue.get()
-        while item is not None:
-            if isinstance(item, Request):
-                self._serve(host, item)
-            else:
-                _finish(item, host)
-            del item
-            item = self._queue.get()
-        del host
+        self._serve(scheduler, item)
+        self._scheduler = None
+        del scheduler, runner
         mx.clear_cache()
 
-    def _serve(self, host: Host, request: Request) -> None:
-        self._current = request
-        if self._closing:
-            request.cancel()
-        try:
-            host.serve(request)
-        except Exception as error:  # nobody foresaw some of them: one request fails, the engine lives on
-            request.fail(_known(error))
-        finally:
-            self._current = None
+    def _serve(self, scheduler: Scheduler, item: _Item) -> None:
+        """Turn after turn, until the end is asked for and everybody was told."""
+        ending = False
+        while True:
+            while True:  # what came meanwhile
+                if item is None:
+                    ending = True
+                elif isinstance(item, Request):
+                    scheduler.add(Job(item))
+                elif isinstance(item, Call):
+                    scheduler.add(item)
+                else:
+                    item()
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+            if self._closing:
+                scheduler.cancel_all()
+            try:
+                scheduler.turn()
+            except Exception as error:  # nobody foresaw it: those that wait are told, the engine lives on
+                scheduler.fail_all(error)
+            item = _nothing
+            if scheduler.busy:
+                continue
+            if ending and not scheduler.waiting:
+                return
+            with contextlib.suppress(queue.Empty):
+                item = self._queue.get(timeout=_BEAT if scheduler.waiting else None)
 
     def _refuse_rest(self, error: Gemma3Error) -> None:
         while (item := self._queue.get()) is not None:
             if isinstance(item, Request):
                 item.fail(error)
-            else:
-                item[0].set_exception(error)
+            elif isinstance(item, Call):
+                item.future.set_exception(error)
 
     def _check_open(self) -> None:
         if self._closing:
             raise ClosedError("engine", got="a request after close()", want="an open engine")
 
 
-def _finish(call: _Call, host: Host) -> None:
-    future, work = call
-    try:
-        future.set_result(work(host))
-    except BaseException as error:  # raised again in the thread that waits
-        future.set_exception(error)
-
-
-def _known(error: Exception) -> Gemma3Error:
-    """An error that may be kept: of our tree, and without the frames it came through, which hold arrays."""
-    if isinstance(error, Gemma3Error):
-        error.__traceback__ = error.__cause__ = error.__context__ = None
-        return error
-    unforeseen = Gemma3Error(f"{type(error).__name__} in the engine", got=error)
-    unforeseen.add_note("".join(traceback.format_exception(error)))
-    return unforeseen
+def _nothing() -> None:
+    """Nothing came."""
 
 
 @functools.cache

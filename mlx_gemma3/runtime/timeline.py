@@ -1,25 +1,24 @@
-"""One line of tokens and what the model made of them: a new prompt reuses all that it shares with the last.
+"""One sequence of tokens and its KV caches: a new prompt reuses all that it shares with the last (prefix caching).
 
-Owns the comparison of prompts (over ids and pictures), the snapshots at turn borders, and the rows of pictures seen
-before. Runs in the engine's thread; knows nothing of text.
+Owns the comparison of prompts (over ids and pictures), the snapshots at turn borders, and the features of pictures seen
+before. Runs in the engine's thread; knows nothing of text, nor of other sequences.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ContextError
-from ..generation.loop import decode, image_runs, prefill
-from ..generation.sampling import Sampling
+from ..generation.prefill import check_length, chunk_end, image_runs, read_chunk, usual_chunk
 from ..model.cache import Caches
-from ..model.gemma3 import Gemma3
+from ..model.runner import Runner
 
 SNAPSHOT_BYTES = 2 << 30
 FEATURE_BYTES = 256 << 20
@@ -48,6 +47,7 @@ class Tokens:
         kept = [(span, digest) for span, digest in zip(self.spans, self.digests, strict=True) if span[1] <= count]
         return Tokens(self.ids[:count], tuple(span for span, _ in kept), tuple(digest for _, digest in kept))
 
+    @cached_property
     def keys(self) -> NDArray[np.int64]:
         """A number for each token; those of different pictures differ (but for one chance in 2**56)."""
         keys = np.array(self.ids, dtype=np.int64)
@@ -58,7 +58,7 @@ class Tokens:
     def shared(self, other: Tokens) -> int:
         """How many leading tokens are the same; never a part of an image block of either."""
         count = min(len(self), len(other))
-        different = np.flatnonzero(self.keys()[:count] != other.keys()[:count])
+        different = np.flatnonzero(self.keys[:count] != other.keys[:count])
         at = int(different[0]) if different.size else count
         for start, stop in (*image_runs(self.spans), *image_runs(other.spans)):
             if start < at < stop:
@@ -72,23 +72,23 @@ def digest(pixels: NDArray[np.float32]) -> str:
 
 
 class FeatureCache:
-    """Rows of pictures by digest, within a budget; the one not used for longest goes first."""
+    """Features of pictures by digest, within a budget; the one not used for longest goes first."""
 
     def __init__(self, budget: int = FEATURE_BYTES) -> None:
         self.budget = budget
         self.encoded = 0  # pictures that went through the tower
         self._rows: OrderedDict[str, mx.array] = OrderedDict()
 
-    def get(self, model: Gemma3, name: str, pixels: NDArray[np.float32] | None) -> mx.array:
-        """(T, D) rows of a picture, from the tower when they are not here.
+    def get(self, runner: Runner, name: str, pixels: NDArray[np.float32] | None) -> mx.array:
+        """(T, D) features of a picture, from the tower when they are not here.
 
         Args:
-            pixels: (S, S, 3), or None when the rows must be here (a conversation read from a file).
+            pixels: (S, S, 3), or None when the features must be here (a conversation read from a file).
         """
         rows = self._rows.pop(name, None)
         if rows is None:
             assert pixels is not None, name
-            rows = model.encode_images(pixels[None])[0]
+            rows = runner.encode_images(pixels[None])[0]
             mx.eval(rows)
             self.encoded += 1
         self.put(name, rows)
@@ -99,56 +99,70 @@ class FeatureCache:
         while len(self._rows) > 1 and sum(held.nbytes for held in self._rows.values()) > self.budget:
             self._rows.popitem(last=False)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._rows
 
 
-class Timeline:
-    """The tokens in one set of caches."""
+@dataclass(frozen=True)
+class Identity:
+    """What keys and values depend on: what was computed with one never serves another."""
 
-    def __init__(self, model: Gemma3, caches: Caches, *, snapshot_bytes: int = SNAPSHOT_BYTES) -> None:
-        self.model, self.caches, self.snapshot_bytes = model, caches, snapshot_bytes
+    weights: str  # checkpoint/fingerprint.py
+    adapter: str | None
+    dtype: str
+    kv_bits: int
+    local_kv_bits: int
+
+
+class Timeline:
+    """The tokens in one set of caches. Belongs to one reader at a time.
+
+        position = timeline.open(prompt)            # rewinds to what is shared
+        while timeline.logits is None:
+            timeline.read_chunk(features)
+        …                                           # an answer is written into `caches`
+        timeline.wrote(ids)
+    """
+
+    def __init__(
+        self, runner: Runner, caches: Caches, *, identity: Identity | None = None, snapshot_bytes: int = SNAPSHOT_BYTES
+    ) -> None:
+        self.runner, self.caches, self.identity, self.snapshot_bytes = runner, caches, identity, snapshot_bytes
         self.tokens = Tokens(())  # may run ahead of the caches by the last token written
-        self.logits: mx.array | None = None  # after the last token in the caches, when known
+        self.logits: mx.array | None = None  # (1, V) float32 after the last token in the caches, when known
+        self._prompt = Tokens(())
 
     @property
     def nbytes(self) -> int:
         """Of the caches and the snapshots."""
         return self.caches.nbytes + sum(snapshot.nbytes for snapshot in self.caches.snapshots)
 
+    def fork(self) -> Timeline:
+        """The same once more; keys and values are shared until one of the two writes."""
+        other = Timeline(
+            self.runner, self.caches.fork(), identity=self.identity, snapshot_bytes=self.snapshot_bytes
+        )
+        other.tokens, other.logits = self.tokens, self.logits
+        return other
+
     def reusable(self, prompt: Tokens) -> int:
         """How many tokens of a prompt need not be processed again."""
         return self.caches.reach(min(self.tokens.shared(prompt), self.caches.offset))
 
-    def read(
-        self,
-        prompt: Tokens,
-        features: Callable[[int], mx.array],
-        *,
-        chunk: int | None = None,
-        limit: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> tuple[mx.array | None, int]:
-        """Make the caches hold `prompt`.
+    def open(self, prompt: Tokens, *, limit: int | None = None) -> int:
+        """Go back to what the caches share with a prompt, which `read_chunk` then reads.
 
         Args:
-            features: rows (T, D) of the n-th picture of the prompt; asked only for those to be processed.
             limit: most tokens of the context.
 
         Returns:
-            logits (1, V) float32 after it, None when cancelled (what was read is kept), and the count of tokens that
-            were reused.
+            the count of tokens that are reused. All of them where `logits` are known at once.
 
         Raises:
             ContextError: the prompt is longer than the context; nothing has changed then.
         """
-        most = self.model.config.text.max_position_embeddings
-        most = min(limit or most, most)
-        if not len(prompt):
-            raise ContextError("prompt", got="no tokens", want="at least one")
-        if len(prompt) > most:
-            raise ContextError("prompt", got=f"{len(prompt)} tokens", want=f"at most {most}", do="shorten the prompt")
+        most = self.runner.config.text.max_position_embeddings
+        check_length(len(prompt), len(prompt), min(limit or most, most))
         position, logits = self.reusable(prompt), None
         if position == self.caches.offset and position == len(prompt):
             logits = self.logits
@@ -157,48 +171,52 @@ class Timeline:
         if position == len(prompt) and logits is None:  # all there, but not what comes next: read the end again
             position = self.caches.reach(self._before_last(prompt))
             self.caches.rewind(position)
-        self.tokens, self.logits = prompt.head(position), None
-        if position == len(prompt):
-            self.logits = logits
-            return logits, position
-        if position:
+        self._prompt = prompt
+        self.tokens, self.logits = prompt.head(position), logits if position == len(prompt) else None
+        if 0 < position < len(prompt):
             self.caches.take_snapshot(budget=self.snapshot_bytes)
-        rest = [n for n, (start, _) in enumerate(prompt.spans) if start >= position]
-        logits = prefill(
-            self.model,
-            prompt.ids[position:],
-            self.caches,
-            features=[features(n) for n in rest],
-            spans=[(start - position, stop - position) for start, stop in (prompt.spans[n] for n in rest)],
-            chunk=chunk,
-            progress=progress,
-            cancelled=cancelled,
+        return position
+
+    def next_chunk(self, most: int | None = None) -> tuple[int, int]:
+        """The tokens of the prompt that `read_chunk` reads next: a half-open range.
+
+        Args:
+            most: read no more at once, but for a picture, which is read whole; None for the usual.
+        """
+        prompt, begin = self._prompt, self.caches.offset
+        usual = usual_chunk(self.runner, self.caches, len(prompt))
+        return begin, chunk_end(begin, len(prompt), prompt.spans, min(most or usual, usual))
+
+    def pictures(self, begin: int, end: int) -> list[int]:
+        """Which pictures of the prompt lie in a range of its tokens."""
+        return [number for number, (start, stop) in enumerate(self._prompt.spans) if begin <= start and stop <= end]
+
+    def read_chunk(self, features: Callable[[int], mx.array], most: int | None = None) -> int:
+        """Read some more of the prompt; `logits` are there when it was the last of it.
+
+        Args:
+            features: (T, D) of the n-th picture of the prompt; asked only for those that are read.
+
+        Returns:
+            the count of tokens that were read.
+        """
+        begin, end = self.next_chunk(most)
+        prompt = self._prompt
+        pictures = [features(number) for number in self.pictures(begin, end)]
+        logits = read_chunk(
+            self.runner, prompt.ids[begin:end], self.caches, pictures, last=end == len(prompt)
         )
-        self.tokens = prompt.head(self.caches.offset)
-        self.logits = logits
+        self.tokens, self.logits = prompt.head(end), logits
         if logits is not None:
             self.caches.take_snapshot(logits, budget=self.snapshot_bytes)
-        return logits, position
+        return end - begin
 
     def _before_last(self, prompt: Tokens) -> int:
         """One token less, or the whole of an image block that ends the prompt."""
         at = len(prompt) - 1
         return next((start for start, stop in image_runs(prompt.spans) if start <= at < stop), at)
 
-    def write(
-        self, logits: mx.array, *, sampling: Sampling, max_tokens: int, limit: int | None = None
-    ) -> Generator[int, None, None]:
-        """Write tokens after the prompt that `read` has read; each is kept in `tokens`."""
-        prompt = self.tokens
-        if limit is not None:
-            max_tokens = min(max_tokens, limit - self.caches.offset)
-        steps = decode(self.model, logits, self.caches, prompt=prompt.ids, sampling=sampling, max_tokens=max_tokens)
-        written: list[int] = []
-        try:
-            for token in steps:
-                written.append(token)
-                yield token
-        finally:
-            steps.close()
-            self.tokens, self.logits = prompt + Tokens(tuple(written)), None
-            assert self.caches.offset <= len(self.tokens), (self.caches.offset, len(self.tokens))
+    def wrote(self, tokens: tuple[int, ...]) -> None:
+        """These were written after the prompt; the last may not be in the caches."""
+        self.tokens, self.logits = self._prompt + Tokens(tokens), None
+        assert self.caches.offset <= len(self.tokens), (self.caches.offset, len(self.tokens))

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from ..arguments import takes
 from ..errors import ClosedError, Gemma3Error, ImageError, OptionError, PromptError, RequestError, WorkerError
@@ -214,12 +214,13 @@ class _Process:
     def call(self, op: str, **values: Any) -> dict[str, Any]:
         """Send a request and wait for its end. Raises Gemma3Error: what an error event told."""
         channel = self.ask(op, **values)
-        while (event := channel.get(None)) is not None and event["kind"] != "ok":
+        while True:
+            event: Any = channel.get(None)
+            if event["kind"] == "ok":
+                result: dict[str, Any] = event["result"]
+                return result
             if channel.error is not None:
                 raise channel.error
-        assert event is not None
-        result: dict[str, Any] = event["result"]
-        return result
 
     def cancel(self, number: int) -> None:
         if os.getpid() == self._owner:
@@ -326,7 +327,7 @@ class _Process:
         if kind == "error":
             channel.fail(_error(event))
         else:
-            channel.put(event)
+            channel.put(cast(Any, event))  # of the worker's kinds too: a call waits for "ok"
 
 
 def _longest_line(hello: dict[str, Any]) -> int:

@@ -66,7 +66,7 @@ class Server:
         self._current: _Job | None = None
         self._ending = False
         self._engine: Engine | None = None
-        self._about: dict[str, Any] | None = None
+        self._about: Mapping[str, Any] | None = None
         self._sessions: dict[str, Session] = {}
         self._ops: Mapping[str, Callable[[_Job], Any]] = {
             "load": self._load,
@@ -218,7 +218,7 @@ class Server:
         if not told:
             self._emit(event)
 
-    def _load(self, job: _Job) -> dict[str, Any]:
+    def _load(self, job: _Job) -> Mapping[str, Any]:
         from ..runtime.engine import Engine
 
         self._unload()

@@ -18,6 +18,7 @@ from ..streams import OutputLost
 from ..terminal import Pace, answer, fitted, own, tell, width
 
 if TYPE_CHECKING:
+    from ...runtime.events import DoneEvent, ErrorEvent, PendingEvent
     from ...runtime.stream import Stream
 
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -41,7 +42,7 @@ class Screen(Protocol):
     def rows(self, rows: Sequence[tuple[str, str]]) -> None:
         """A small table, names at the left."""
 
-    def follow(self, stream: Stream) -> dict[str, Any]:
+    def follow(self, stream: Stream) -> DoneEvent | ErrorEvent:
         """Show an answer as it comes; Ctrl-C ends it. Returns the last event."""
 
     def wait(self, ended: Callable[[float], bool], what: str) -> bool:
@@ -112,7 +113,7 @@ class Terminal:
         if beside:
             self._console.print(table)
 
-    def follow(self, stream: Stream) -> dict[str, Any]:
+    def follow(self, stream: Stream) -> DoneEvent | ErrorEvent:
         from .markdown import Writer
 
         writer, pace = Writer(self._console, self._live), Pace()
@@ -122,8 +123,8 @@ class Terminal:
                 while True:
                     event = stream.next(timeout=_BEAT)
                     self._typed.read()
-                    if "stage" in event:
-                        words = _reading(event, pace)
+                    if event["kind"] == "pending":
+                        words = _reading(event, pace) if "stage" in event else words
                     elif event["kind"] == "text":
                         if not speaking:
                             self._live.clear()
@@ -208,7 +209,7 @@ class Plain:
         room = max(len(name) for name, _ in rows)
         tell("\n".join(f"{name:<{room}}  {one_line(value)}" for name, value in rows))
 
-    def follow(self, stream: Stream) -> dict[str, Any]:
+    def follow(self, stream: Stream) -> DoneEvent | ErrorEvent:
         failure: Exception | None = None
         with stopping(stream.cancel):
             while True:
@@ -251,7 +252,7 @@ def _hushed() -> Iterator[None]:
             termios.tcsetattr(place, termios.TCSANOW, before)
 
 
-def _reading(event: dict[str, Any], pace: Pace) -> str:
+def _reading(event: PendingEvent, pace: Pace) -> str:
     """What a progress event tells."""
     done, total = event["done"], event["total"]
     if event["stage"] == "download":

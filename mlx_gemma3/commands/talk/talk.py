@@ -15,6 +15,7 @@ from .screen import Screen
 from .settings import Settings
 
 if TYPE_CHECKING:
+    from ...runtime.events import Usage
     from PIL.Image import Image
 
     from ...runtime.engine import Engine, Session
@@ -51,7 +52,7 @@ class Talk:
     turns: list[Turn] = field(default_factory=list)
     prefill: str = ""  # stands at the next prompt
     editing: bool = False  # the next question takes the place of the last one
-    usage: dict[str, Any] | None = None  # of the last answer
+    usage: Usage | None = None  # of the last answer
     stopped: bool = False  # the last thing that happened was Ctrl-C
     failed: bool = False  # something went wrong on the way
     changed: bool = False  # since it was saved

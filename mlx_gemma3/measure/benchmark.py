@@ -23,11 +23,13 @@ from ..checkpoint.sizes import size_of
 from ..checkpoint.source import resolve
 from ..checkpoint.store import open_store
 from ..errors import OptionError
-from ..generation.loop import chunk_size, decode, prefill, prefill_chunks
-from ..generation.sampling import Sampling, sample
-from ..model.cache import KV_BITS, KV_GROUP, SLACK, Caches
-from ..model.gemma3 import Gemma3
-from .fitting import check_memory
+from ..generation.batch import Batch, Row
+from ..generation.choice import Chooser, choose
+from ..generation.prefill import prefill
+from ..generation.sampling import Sampling
+from ..model.cache import KV_BITS, KV_GROUP, SLACK
+from ..model.runner import Runner, on_device
+from ..runtime.fitting import check_memory
 from .roofline import Bandwidth, bandwidth, step_kv_bytes, step_weight_bytes
 
 PROMPTS = (512,)
@@ -189,8 +191,7 @@ def measure(
         context = max(*plan.prompts, max(plan.contexts) + plan.tokens)
         check_memory(checkpoint, dtype=dtype, kv_bits=plan.kv_bits, local_kv_bits=16, max_context=context)
     began = time.perf_counter()
-    model = load_model(checkpoint, dtype=dtype)
-    model.fuse()
+    runner = on_device(load_model(checkpoint, dtype=dtype))
     load_seconds = time.perf_counter() - began
     weights = mx.get_active_memory()
     speed = bandwidth()
@@ -204,19 +205,19 @@ def measure(
     prompts, decoding, pictures = [], [], None
     for size in plan.prompts:
         step(f"prompt of {size:,} tokens")
-        prompts.append(measure_prompt(model, size, kv_bits=plan.kv_bits, repeat=plan.repeat))
+        prompts.append(measure_prompt(runner, size, kv_bits=plan.kv_bits, repeat=plan.repeat))
     for depth in plan.contexts:
         step(f"decoding after {depth:,} tokens")
-        decoding.append(_measure_depth(model, checkpoint, depth, plan, speed))
+        decoding.append(_measure_depth(runner, checkpoint, depth, plan, speed))
     if plan.images:
         step("pictures")
-        pictures = measure_pictures(model, plan.images, repeat=plan.repeat)
+        pictures = measure_pictures(runner, plan.images, repeat=plan.repeat)
     step("sampling")
     vocabulary = checkpoint.config.text.vocab_size
     return Benchmark(
         model=checkpoint.name,
         size=size_of(checkpoint.config),
-        dtype=str(_dtype(model)).removeprefix("mlx.core."),
+        dtype=str(runner.dtype).removeprefix("mlx.core."),
         versions={name: version(name) for name in ("mlx-gemma3", "mlx")},
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         bandwidth=speed,
@@ -230,18 +231,17 @@ def measure(
     )
 
 
-def measure_prompt(model: Gemma3, size: int, *, kv_bits: int = 16, repeat: int = 3) -> PromptFigures:
+def measure_prompt(runner: Runner, size: int, *, kv_bits: int = 16, repeat: int = 3) -> PromptFigures:
     """Read `size` random tokens and choose one more."""
     speeds, firsts, peak = [], [], 0
     for run in range(repeat + 1):
-        caches = model.make_caches(kv_bits=kv_bits)
-        ids = random_ids(model, size)[0].tolist()
+        caches = runner.make_caches(kv_bits=kv_bits)
+        ids = random_ids(runner, size)[0].tolist()
         mx.reset_peak_memory()
         began = time.perf_counter()
-        logits = prefill(model, ids, caches)
-        assert logits is not None
+        logits = prefill(runner, ids, caches)
         read = time.perf_counter()
-        mx.eval(sample(logits, SAMPLINGS["greedy"], None))
+        choose(logits, [Chooser(SAMPLINGS["greedy"])]).read()
         chosen = time.perf_counter()
         if run:
             speeds.append(size / (read - began))
@@ -251,11 +251,11 @@ def measure_prompt(model: Gemma3, size: int, *, kv_bits: int = 16, repeat: int =
     return PromptFigures(size, Spread.of(speeds), Spread.of(firsts), peak)
 
 
-def _measure_depth(model: Gemma3, checkpoint: Checkpoint, depth: int, plan: Plan, speed: Bandwidth) -> DecodeFigures:
+def _measure_depth(runner: Runner, checkpoint: Checkpoint, depth: int, plan: Plan, speed: Bandwidth) -> DecodeFigures:
     rates, peak = measure_decoding(
-        model, depth, tokens=plan.tokens, batch=plan.batch, kv_bits=plan.kv_bits, repeat=plan.repeat
+        runner, depth, tokens=plan.tokens, batch=plan.batch, kv_bits=plan.kv_bits, repeat=plan.repeat
     )
-    config, size = checkpoint.config, _dtype(model).size
+    config, size = checkpoint.config, runner.dtype.size
     weights = step_weight_bytes(open_store(checkpoint).entries, config, batch=plan.batch, dtype_bytes=size)
     middle = depth + plan.tokens // 2
     kv = plan.batch * step_kv_bytes(config, middle, kv_bits=plan.kv_bits, dtype_bytes=size)
@@ -264,58 +264,50 @@ def _measure_depth(model: Gemma3, checkpoint: Checkpoint, depth: int, plan: Plan
 
 
 def measure_decoding(
-    model: Gemma3, depth: int, *, tokens: int, batch: int = 1, kv_bits: int = 16, repeat: int = 3
+    runner: Runner, depth: int, *, tokens: int, batch: int = 1, kv_bits: int = 16, repeat: int = 3
 ) -> tuple[Spread, int]:
     """Decode `tokens` greedily after `depth` random ones, again and again from there.
 
     Returns:
         tokens a second of all rows together, and the peak of memory in bytes.
     """
-    caches = model.make_caches(kv_bits=kv_bits)
-    logits = _fill(model, depth, batch, caches)
-    if tokens > min(model.config.text.sliding_window, SLACK):  # local layers cannot go back so far by themselves
-        caches.take_snapshot(budget=1 << 62)
+    rows = []
+    for ids in random_ids(runner, depth, batch):
+        caches = runner.make_caches(kv_bits=kv_bits)
+        logits = prefill(runner, ids.tolist(), caches)
+        if tokens > min(runner.config.text.sliding_window, SLACK):  # local layers cannot go back so far by themselves
+            caches.take_snapshot(budget=1 << 62)
+        rows.append((caches, logits))
     rates, peak = [], 0
     for run in range(repeat + 1):
         mx.reset_peak_memory()
-        steps = _decoded(model, logits, caches, tokens if run else min(tokens, 4))
-        next(steps)  # the token after the prompt: its step is already done
+        steps = tokens if run else min(tokens, 4)
+        writers = Batch(runner)
+        for caches, logits in rows:
+            writers.join(Row(caches, Chooser(SAMPLINGS["greedy"]), steps + 1), logits)
+        writers.next()  # the tokens after the prompts: their step is already done
         began = time.perf_counter()
-        count = sum(1 for _ in steps)
+        for _ in range(steps):
+            writers.next()
         took = time.perf_counter() - began
         if run:
-            rates.append(count * batch / took)
+            rates.append(steps * batch / took)
             peak = max(peak, mx.get_peak_memory())
-        caches.rewind(depth)
+        for caches, _ in rows:
+            caches.rewind(depth)
     return Spread.of(rates), peak
 
 
-def _decoded(model: Gemma3, logits: mx.array, caches: Caches, tokens: int) -> Iterator[int]:
-    """The tokens of the first row; `decode` carries the other rows of a batch along."""
-    return decode(model, logits, caches, sampling=SAMPLINGS["greedy"], max_tokens=tokens + 1)
-
-
-def _fill(model: Gemma3, depth: int, batch: int, caches: Caches) -> mx.array:
-    """(B, V) logits after `depth` random tokens in each row."""
-    ids = random_ids(model, depth, batch)
-    for begin, end in prefill_chunks(depth, (), chunk_size(model, depth * batch, caches)):
-        hidden = model.read(ids[:, begin:end], None, caches, last_only=True)
-        mx.eval(caches.arrays)
-    logits = model.head(hidden)[:, -1]
-    mx.eval(logits)
-    return logits
-
-
-def measure_pictures(model: Gemma3, count: int, *, repeat: int = 3) -> PictureFigures:
+def measure_pictures(runner: Runner, count: int, *, repeat: int = 3) -> PictureFigures:
     """Encode `count` pictures of noise."""
-    assert model.config.vision is not None
-    size = model.config.vision.image_size
+    assert runner.config.vision is not None
+    size = runner.config.vision.image_size
     pixels = np.random.default_rng(0).uniform(-1, 1, (count, size, size, 3)).astype(np.float32)
     seconds, peak = [], 0
     for run in range(repeat + 1):
         mx.reset_peak_memory()
         began = time.perf_counter()
-        mx.eval(model.encode_images(pixels))
+        mx.eval(runner.encode_images(pixels))
         if run:
             seconds.append(time.perf_counter() - began)
             peak = max(peak, mx.get_peak_memory())
@@ -325,25 +317,20 @@ def measure_pictures(model: Gemma3, count: int, *, repeat: int = 3) -> PictureFi
 def measure_sampling(vocabulary: int, sampling: Sampling, *, repeat: int = 3) -> Spread:
     """Milliseconds to choose one token from random logits of this many ids, read on the host each time."""
     logits = mx.random.normal((1, vocabulary), key=mx.random.key(0)) * 4
-    key = mx.random.key(1)
-    mx.eval(logits, key)
+    chooser = Chooser(sampling)
+    mx.eval(logits)
     rates = []
     for run in range(repeat + 1):
         began = time.perf_counter()
         for _ in range(_DRAWS):
-            key, now = mx.random.split(key)
-            sample(logits, sampling, now).item()
+            choose(logits, [chooser]).read()
         if run:
             rates.append((time.perf_counter() - began) / _DRAWS * 1000)
     return Spread.of(rates)
 
 
-def random_ids(model: Gemma3, length: int, batch: int = 1) -> np.ndarray:
+def random_ids(runner: Runner, length: int, batch: int = 1) -> np.ndarray:
     """(B, L) int32, no image tokens among them: those need pictures."""
-    ids = np.random.default_rng(length).integers(0, model.config.text.vocab_size, (batch, length))
-    return np.where(ids == model.config.image_token_id, 0, ids).astype(np.int32)
+    ids = np.random.default_rng(length).integers(0, runner.config.text.vocab_size, (batch, length))
+    return np.where(ids == runner.config.image_token_id, 0, ids).astype(np.int32)
 
-
-def _dtype(model: Gemma3) -> mx.Dtype:
-    dtype: mx.Dtype = model.language_model.norm.weight.dtype
-    return dtype

@@ -25,9 +25,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .attention import attend
-from .cache import Caches, GlobalCache, WindowCache
+from .context import Context
 from .layers import RMSNorm, rotate
-from .text import Attention, Context, DecoderLayer, TextModel
+from .text import Attention, DecoderLayer, TextModel
 
 Matrix = Any  # as a device wants to multiply with it: arrays and constants, or a function
 Matrices = list[Matrix]  # that read the same rows, their results side by side
@@ -48,8 +48,8 @@ class Kernels:
     ahead: bool = True  # it computes while the host goes on, so that the next step can be issued early
 
 
-class LeanText:
-    """The same rows as TextModel, from the same weights: parts that were joined become views of the whole.
+class FusedDecoder:
+    """The same numbers as TextModel, from the same weights: parts that were joined become views of the whole.
 
     Weights must not be replaced afterwards.
     """
@@ -60,55 +60,29 @@ class LeanText:
             between: called before each layer.
         """
         dtype = text.norm.weight.dtype
-        self.layers: list[LeanLayer] = []
+        self.layers: list[FusedLayer] = []
         for layer in text.layers:
             between()
-            self.layers.append(LeanLayer(layer, kernels, dtype))
+            self.layers.append(FusedLayer(layer, kernels, dtype))
         self.gain, self.eps = gain(text.norm, dtype), text.norm.eps
         self.kernels = kernels
         self.parts = Parts(kernels, text.layers[0].self_attn, self.eps)
         self.before, self.after = kernels.compile(self.parts.before), kernels.compile(self.parts.after)
 
-    def __call__(
-        self,
-        x: mx.array,
-        *,
-        caches: Caches | None = None,
-        blocks: mx.array | None = None,
-        padding: tuple[int, ...] | None = None,
-        last_only: bool = False,
-    ) -> mx.array:
+    def __call__(self, x: mx.array, context: Context, *, last_only: bool = False) -> mx.array:
         """See TextModel. With `last_only` the last layer reads all rows into its cache, and goes on with one."""
-        length = x.shape[1]
-        context = Context(length, caches.offset if caches is not None else 0, blocks, padding)
         # A graph is compiled for each shape, and prompts have many.
-        before, after = (self.before, self.after) if length == 1 else (self.parts.before, self.parts.after)
-        for index, layer in enumerate(self.layers):
+        single = x.shape[1] == 1
+        before, after = (self.before, self.after) if single else (self.parts.before, self.parts.after)
+        for layer in self.layers:
             q, k, v = before(x, context.positions, *layer.before)
             if last_only and layer is self.layers[-1]:
                 q, x = q[:, :, -1:], x[:, -1:]
-            attended = self._attend(q, k, v, layer.rule, context, caches[index] if caches is not None else None)
-            x = after(x, attended, *layer.after)
+            x = after(x, context.attend(q, k, v, layer.rule, self.kernels.attend), *layer.after)
         return self.kernels.norm(x, self.gain, self.eps)
 
-    def _attend(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        rule: Attention,
-        context: Context,
-        cache: GlobalCache | WindowCache | None,
-    ) -> mx.array:
-        keys, values = ((k,), (v,)) if cache is None else cache.update_and_fetch(k, v)
-        mask = context.mask(keys[0].shape[2], rule.window)
-        if q.shape[2] < k.shape[2]:  # the last of these queries: in a triangle it sees all
-            mask = None if mask is None or isinstance(mask, str) else mask[:, :, -1:]
-        bits = 16 if cache is None else cache.keys.bits
-        return self.kernels.attend(q, keys, values, scale=rule.scale, mask=mask, bits=bits)
 
-
-class LeanLayer:
+class FusedLayer:
     """The weights of a DecoderLayer, as Parts takes them."""
 
     def __init__(self, layer: DecoderLayer, kernels: Kernels, dtype: mx.Dtype) -> None:

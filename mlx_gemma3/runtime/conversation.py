@@ -6,7 +6,7 @@ Runs in the engine's thread; `engine.Session` is the handle that callers hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import PromptError
 from ..prompt.messages import items
-from ..prompt.processor import Processor, Prompt
-from ..prompt.tokenizer import Tokenizer
-from ..prompt.vocabulary import END_OF_TURN
-from .timeline import Timeline, Tokens, digest
+from .timeline import Timeline, Tokens
 
 
 @dataclass
@@ -39,6 +36,8 @@ class Conversation:
     """What was said so far."""
 
     timeline: Timeline
+    end_of_turn: int  # token id
+    newline: tuple[int, ...]  # the ids of "\n"
     system: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
     features: dict[str, mx.array] = field(default_factory=dict)  # (T, D) rows of its pictures by digest
@@ -46,53 +45,57 @@ class Conversation:
     versions: set[str] = field(default_factory=set)  # digests of the files that it was read from or written to
     places: set[Path] = field(default_factory=set)  # where these were
 
-    def ask(
-        self,
-        said: Any,
-        images: Sequence[Any],
-        tokenizer: Tokenizer,
-        prepare: Callable[[list[dict[str, Any]]], Prompt],
-    ) -> None:
-        """Add a turn of the user's: words, or content items with the places of its pictures.
+    def question(self, said: Any, images: int) -> list[dict[str, Any]]:
+        """The messages of the user's next turn: words, or content items with the places of its pictures.
 
-        Args:
-            prepare: makes the prompt of some messages, with `images`.
+        Raises:
+            PromptError: whole messages.
         """
+        if not isinstance(said, str) and any(isinstance(item, dict) and "role" in item for item in said):
+            raise PromptError("turn", got="messages", want="words or content items", do="it knows the turns before")
         words = items(said, "turn")
-        content = [*({"type": "image"} for _ in images), *words] if isinstance(said, str) else words
-        text = "".join(item.get("text", "") for item in words)
+        content = [*({"type": "image"} for _ in range(images)), *words] if isinstance(said, str) else words
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if self.system is not None and not self.exchanges:
             messages.insert(0, {"role": "system", "content": self.system})
-        prepared = prepare(messages)
-        pixels = prepared.pixels if prepared.pixels is not None else ()
-        asked = Tokens(tuple(prepared.tokens), tuple(prepared.spans), tuple(map(digest, pixels)))
-        if self.exchanges:  # the turn before ends with a newline, and <bos> was said once
-            newline = tokenizer.encode("\n")
-            moved = tuple((start - 1, stop - 1) for start, stop in asked.spans)
-            asked = Tokens(tuple(newline)) + Tokens(asked.ids[1:], moved, asked.digests)
-        views = dict(zip(asked.digests, pixels, strict=True))
-        self.pixels |= {name: view for name, view in views.items() if name not in self.features}
-        self.exchanges.append(Exchange(text, prepared.image_count, asked))
+        return messages
 
-    def prompt(self, processor: Processor) -> Tokens:
+    def ask(self, said: Any, asked: Tokens, images: int, pixels: Mapping[str, NDArray[np.float32]]) -> None:
+        """Add a turn of the user's, prepared from its `question`.
+
+        Args:
+            pixels: (S, S, 3) of its pictures by digest.
+        """
+        text = "".join(item.get("text", "") for item in items(said, "turn"))
+        if self.exchanges:  # the turn before ends with a newline, and <bos> was said once
+            moved = tuple((start - 1, stop - 1) for start, stop in asked.spans)
+            asked = Tokens(self.newline) + Tokens(asked.ids[1:], moved, asked.digests)
+        self.pixels |= {name: view for name, view in pixels.items() if name not in self.features}
+        self.exchanges.append(Exchange(text, images, asked))
+
+    def prompt(self) -> Tokens:
         """Everything up to the model's turn that comes next."""
-        end = processor.tokenizer.id(END_OF_TURN)
         tokens = Tokens(())
         for exchange in self.exchanges:
             tokens += exchange.asked
             if exchange.said is not None:
                 tokens += exchange.said
-                if exchange.said.ids[-1:] != (end,):
-                    tokens += Tokens((end,))
+                if exchange.said.ids[-1:] != (self.end_of_turn,):
+                    tokens += Tokens((self.end_of_turn,))
         return tokens
 
-    def answered(self, ids: Sequence[int], text: str, eos_ids: frozenset[int], end_of_turn: int) -> None:
+    def answered(self, ids: Sequence[int], text: str, eos_ids: frozenset[int]) -> None:
         """Keep the answer to the last turn. An end id other than <end_of_turn> is not part of the conversation."""
         kept = tuple(ids)
-        if kept and kept[-1] in eos_ids and kept[-1] != end_of_turn:
+        if kept and kept[-1] in eos_ids and kept[-1] != self.end_of_turn:
             kept = kept[:-1]
         self.exchanges[-1].said, self.exchanges[-1].reply = Tokens(kept), text
+
+    def forget_answer(self) -> None:
+        """The last turn is to be answered again. Raises PromptError when there is none."""
+        if not self.exchanges:
+            raise PromptError("conversation", got="no turn yet", want="one to answer again")
+        self.exchanges[-1].said = None
 
     def withdraw(self) -> None:
         """Forget the last exchange. Raises PromptError when there is none."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_gemma3.errors import OptionError, OutputError
-from mlx_gemma3.writing import refusal, replacing
+from ..errors import OptionError, OutputError
+from ..writing import refusal, replacing
 
 from .scores import Evaluation
 

@@ -20,19 +20,19 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_gemma3.checkpoint.load import Checkpoint, load_model, open_checkpoint
-from mlx_gemma3.checkpoint.source import resolve
-from mlx_gemma3.errors import OptionError, PromptError, TokenizerError
-from mlx_gemma3.generation.loop import prefill_chunks
-from mlx_gemma3.model.gemma3 import Gemma3
-from mlx_gemma3.prompt.processor import Processor, Prompt
-from mlx_gemma3.prompt.tokenizer import Tokenizer
-from mlx_gemma3.prompt.vocabulary import END_OF_TURN, START_OF_IMAGE
+from ..checkpoint.load import Checkpoint, load_model, open_checkpoint
+from ..checkpoint.source import resolve
+from ..errors import OptionError, PromptError, TokenizerError
+from ..generation.prefill import prefill, prefill_chunks
+from ..model.runner import Runner, on_device
+from ..prompt.processor import Processor, Prompt
+from ..prompt.tokenizer import Tokenizer
+from ..prompt.vocabulary import END_OF_TURN, START_OF_IMAGE
 
 from .scores import Distance, Evaluation, Scores
 
 if TYPE_CHECKING:
-    from mlx_gemma3.prompt.processor import Picture
+    from ..prompt.processor import Picture
 
 __all__ = ["Evaluation", "Opened", "evaluate", "open_model", "read_text"]
 
@@ -51,7 +51,7 @@ class Opened:
     """A checkpoint in memory: what `evaluate` reads, once for several comparisons."""
 
     name: str
-    model: Gemma3
+    runner: Runner
     tokenizer: Tokenizer
     instruct: bool  # asked about pictures in a chat; else it completes a text
     notes: tuple[str, ...] = ()  # of the checkpoint
@@ -62,8 +62,7 @@ def open_model(source: str | Path | Checkpoint, *, dtype: str = "auto", text_onl
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(resolve(source, text_only=text_only, quiet=True), text_only=text_only)
     model = load_model(source, dtype=dtype, text_only=text_only)
-    model.fuse()
-    return Opened(source.name, model, source.tokenizer(), source.instruct, source.notes)
+    return Opened(source.name, on_device(model), source.tokenizer(), source.instruct, source.notes)
 
 
 def read_text(path: Path) -> str:
@@ -141,10 +140,10 @@ def evaluate(
             tell(f"loading {source.name if isinstance(source, Checkpoint) else source}", 0, 0)
             source = open_model(source, dtype=dtype, text_only=not images)
         subjects.append(source)
-    size = min(subject.model.config.text.vocab_size for subject in subjects)
+    size = min(subject.runner.config.text.vocab_size for subject in subjects)
     if against is not None:
         _check_vocabularies(*subjects)
-    window = min(window, *(subject.model.config.text.max_position_embeddings for subject in subjects))
+    window = min(window, *(subject.runner.config.text.max_position_embeddings for subject in subjects))
     return Evaluation(
         model=subjects[0].name,
         against=subjects[1].name if against is not None else None,
@@ -181,7 +180,7 @@ def _on_text(
         raise TokenizerError("token ids of the text", got="two ways to merge", want="the same from both checkpoints")
     ids = ids[:max_tokens]
     tally = _Tally(subjects, size, lambda done: tell("text", done, len(ids)))
-    bos = subjects[-1].model.config.bos_token_id
+    bos = subjects[-1].runner.config.bos_token_id
     for begin in range(0, len(ids), window):
         piece = ids[begin : begin + window]
         tally.read([bos, *piece[:-1]], np.array(piece))
@@ -196,7 +195,7 @@ def _on_pictures(subjects: Sequence[Opened], size: int, images: Sequence[Picture
         tell("pictures", number, len(images))
         prompt = _picture_prompt(reference, picture)
         tokens = [*prompt.tokens, *_greedy(reference, prompt)]
-        of_picture = np.array(tokens) == reference.model.config.image_token_id
+        of_picture = np.array(tokens) == reference.runner.config.image_token_id
         targets = np.where(of_picture[:-1] | of_picture[1:], -1, tokens[1:])
         tally.read(tokens[:-1], targets, pixels=prompt.pixels, spans=prompt.spans)
     tell("pictures", len(images), len(images))
@@ -207,7 +206,7 @@ def _check_vision(model: Opened, reference: Opened) -> None:
     """Both see, and see pictures of one size in as many tokens."""
     views = []
     for subject in (model, reference):
-        config = subject.model.config
+        config = subject.runner.config
         if config.vision is None:
             raise PromptError("pictures", got=f"{subject.name}, which is text-only", want="two checkpoints that see")
         views.append((config.vision.image_size, config.mm_tokens_per_image, config.image_token_id))
@@ -220,7 +219,7 @@ def _check_vision(model: Opened, reference: Opened) -> None:
 
 
 def _picture_prompt(subject: Opened, picture: Picture) -> Prompt:
-    processor = Processor(subject.tokenizer, subject.model.config)
+    processor = Processor(subject.tokenizer, subject.runner.config)
     if not subject.instruct:
         return processor.prepare(f"{START_OF_IMAGE}{OPENING}", [picture])
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
@@ -229,16 +228,17 @@ def _picture_prompt(subject: Opened, picture: Picture) -> Prompt:
 
 def _greedy(subject: Opened, prompt: Prompt) -> list[int]:
     """The greedy answer, the token that ends it included."""
-    model, answer = subject.model, list[int]()
-    ends = {*model.config.eos_token_ids, *([subject.tokenizer.id(END_OF_TURN)] if subject.instruct else [])}
-    caches = model.make_caches()
-    logits = model(np.array([prompt.tokens]), prompt.pixels, caches, last_only=True)[:, -1]
+    runner, answer = subject.runner, list[int]()
+    ends = {*runner.config.eos_token_ids, *([subject.tokenizer.id(END_OF_TURN)] if subject.instruct else [])}
+    caches = runner.make_caches()
+    features = list(runner.encode_images(prompt.pixels)) if prompt.pixels is not None else []
+    logits = prefill(runner, prompt.tokens, caches, features=features, spans=prompt.spans)
     while len(answer) < ANSWER_TOKENS:
         token = mx.argmax(logits, axis=-1).astype(mx.int32)
         answer.append(int(np.asarray(token)[0]))
         if answer[-1] in ends:
             break
-        logits = model.step(token, caches)
+        logits = runner.step(token, [caches])
     return answer
 
 
@@ -246,7 +246,7 @@ class _Tally:
     """Scores of the tokens read so far, by one model or by a model and its reference."""
 
     def __init__(self, subjects: Sequence[Opened], size: int, tell: Callable[[int], None] | None = None) -> None:
-        self.models = [subject.model for subject in subjects]
+        self.runners = [subject.runner for subject in subjects]
         self.size = size  # ids that both models have; a few without a piece may follow in one of them
         self.tell = tell or (lambda done: None)
         self.parts: list[list[NDArray[Any]]] = []  # a slice: loss; against a reference also loss, divergence, …
@@ -268,14 +268,14 @@ class _Tally:
             pixels: (N, S, S, 3), the pictures of the image tokens `spans`.
         """
         ids = np.array([tokens], dtype=np.int32)
-        caches = [model.make_caches() for model in self.models]
-        features = [model.encode_images(pixels) if pixels is not None else None for model in self.models]  # (N, T, D)
+        caches = [runner.make_caches() for runner in self.runners]
+        features = [runner.encode_images(pixels) if pixels is not None else None for runner in self.runners]  # (N, T, D)
         for begin, end in prefill_chunks(len(tokens), spans, CHUNK):
             inside = [n for n, (start, stop) in enumerate(spans) if begin <= start and stop <= end]
             rows = []
-            for model, own, seen in zip(self.models, caches, features, strict=True):
+            for runner, own, seen in zip(self.runners, caches, features, strict=True):
                 pictures = seen[mx.array(inside)] if seen is not None and inside else None
-                rows.append(model.read(ids[:, begin:end], pictures, own))  # (1, l, D)
+                rows.append(runner.read(ids[:, begin:end], pictures, own))  # (1, l, D)
                 mx.eval(rows[-1], own.arrays)
             self._score(rows, targets[begin:end])
 
@@ -285,8 +285,8 @@ class _Tally:
         for start in range(0, len(places), step):
             chosen = places[start : start + step]
             logits = [
-                model.head(own[:, mx.array(chosen)])[0, :, : self.size]
-                for model, own in zip(self.models, rows, strict=True)
+                runner.head(own[:, mx.array(chosen)])[0, :, : self.size]
+                for runner, own in zip(self.runners, rows, strict=True)
             ]
             scores = slice_scores(mx.array(targets[chosen]), *logits)
             mx.eval(scores)

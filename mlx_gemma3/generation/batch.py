@@ -1,0 +1,146 @@
+"""Several sequences, each writing its own answer: one forward pass for all of them, one choice for each.
+
+While the host looks at a token a GPU already works on the next: each forward pass is issued before the token before is
+read, and with it the choice, but for sequences whose constraint must see the token first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..model.cache import Caches
+from ..model.runner import Runner
+from .choice import Chooser, Chosen, Likelihood, choose
+from .sampling import Sampling
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence that writes."""
+
+    caches: Caches
+    chooser: Chooser
+    left: int  # tokens that it may still write
+    _last: int = -1  # the token that was read last
+    _unread: tuple[Chosen, int] | None = None  # the one after it, chosen already, and its place in that choice
+    _logits: mx.array | None = None  # (1, V) for the one after it, where the choice waits for the host
+
+
+@dataclass(frozen=True)
+class Written:
+    """A token of a row, on the host."""
+
+    row: Row
+    token: int
+    likelihood: Likelihood | None = None
+    error: Exception | None = None  # what the row's constraint raised
+
+
+class Batch:
+    """The rows that write now. They join and leave between any two calls of `next`."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.rows: list[Row] = []
+
+    def join(self, row: Row, logits: mx.array) -> None:
+        """Add a row that may write a token at least; the first is chosen from (1, V) float32 logits after its prompt."""
+        _choose([row], logits)
+        self.rows.append(row)
+
+    def leave(self, row: Row) -> None:
+        """Take a row out. Its caches hold every token that it has written, but perhaps the last."""
+        self.rows.remove(row)
+        row._unread = row._logits = None
+
+    def next(self) -> list[Written]:
+        """One more token of every row. Afterwards each row with none `left` must be taken out."""
+        if late := [row for row in self.rows if row._logits is not None]:
+            _choose(late, _stacked([row._logits for row in late if row._logits is not None]))
+        if behind := [row for row in self.rows if row._unread is None]:
+            _choose(behind, self._forward(behind, mx.array([row._last for row in behind])))
+        reading = [(row, row._unread) for row in self.rows]
+        for row in self.rows:
+            row._unread = row._logits = None
+        if self.runner.ahead:
+            self._issue([(row, unread) for row, unread in reading if row.left > 1 and unread is not None])
+        return [_read(row, *unread) for row, unread in reading if unread is not None]
+
+    def _issue(self, going: list[tuple[Row, tuple[Chosen, int]]]) -> None:
+        """The next forward pass, from tokens that need not be computed yet, and every choice that need not wait."""
+        if not going:
+            return
+        rows = [row for row, _ in going]
+        first = going[0][1][0]
+        whole = len(first.likelihoods) == len(going) and all(
+            chosen is first and place == at for at, (_, (chosen, place)) in enumerate(going)
+        )
+        tokens = first.tokens if whole else _stacked([one.tokens[at : at + 1] for _, (one, at) in going])
+        logits = self._forward(rows, tokens)
+        free = [at for at, row in enumerate(rows) if row.chooser.constraint is None]
+        if len(free) == len(rows):
+            _choose(rows, logits)
+            return
+        for at, row in enumerate(rows):
+            if row.chooser.constraint is not None:
+                row._logits = logits[at : at + 1]
+        mx.async_eval([row._logits for row in rows if row._logits is not None])
+        if free:
+            _choose([rows[at] for at in free], _stacked([logits[at : at + 1] for at in free]))
+
+    def _forward(self, rows: list[Row], tokens: mx.array) -> mx.array:
+        return self.runner.step(tokens, [row.caches for row in rows])
+
+
+def _choose(rows: Sequence[Row], logits: mx.array) -> None:
+    chosen = choose(logits, [row.chooser for row in rows])
+    mx.async_eval(chosen.arrays)
+    for place, row in enumerate(rows):
+        row._unread, row._logits = (chosen, place), None
+
+
+def _read(row: Row, chosen: Chosen, place: int) -> Written:
+    """Wait for the token; the constraint looks at it while the device computes the pass after it."""
+    token = int(chosen.read()[place])
+    row._last, row.left = token, row.left - 1
+    try:
+        row.chooser.accept(token)
+    except Exception as error:  # of the caller's code: it ends this row alone
+        return Written(row, token, error=error)
+    return Written(row, token, chosen.likelihood(place))
+
+
+def _stacked(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def decode(
+    runner: Runner,
+    logits: mx.array,
+    caches: Caches,
+    *,
+    prompt: Sequence[int] = (),
+    sampling: Sampling,
+    max_tokens: int,
+) -> Iterator[int]:
+    """Write at most `max_tokens` tokens of one sequence, and never more than the model has positions.
+
+    Args:
+        logits: (1, V) float32 after the prompt, from `prefill`.
+        prompt: the ids before the answer, for the repetition penalty.
+
+    Yields:
+        One id at a time. The caller stops at an end id by closing the iterator; a step that was already issued is lost.
+    """
+    left = min(max_tokens, runner.config.text.max_position_embeddings - caches.offset)
+    if left < 1:
+        return
+    batch, row = Batch(runner), Row(caches, Chooser(sampling, prompt), left)
+    batch.join(row, logits)
+    while row.left:
+        (written,) = batch.next()
+        yield written.token

@@ -1,0 +1,187 @@
+"""The one door for logits: what each sequence asks of its next token, and the choice of it.
+
+    logits ─ penalties ─ bias ─ constraint ─ temperature and filters ─ token
+       └──── log-probabilities, of what the model said
+
+A forward pass and a choice are two steps, so that the host can work out a constraint while the device computes.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from .sampling import Sampling, penalise, sample, top_candidates
+
+
+class Constraint(Protocol):
+    """What an answer may consist of, asked token by token. Runs on the host; what it raises ends this answer alone."""
+
+    def allowed(self) -> NDArray[np.uint32] | None:
+        """(ceil(V / 32),): bit i of word w stands for token 32 w + i, set where it may come next; None for all."""
+
+    def accept(self, token: int) -> None:
+        """This token was chosen."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Log-probabilities at one token, of the logits as the model gave them, before penalties, bias and temperature."""
+
+    logprob: float  # of the token that was chosen
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens and theirs, likeliest first
+
+
+class Chooser:
+    """How one sequence chooses: its settings, its key, what it has already."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), constraint: Constraint | None = None) -> None:
+        """
+        Args:
+            prompt: the ids before the answer, for the repetition penalty.
+        """
+        self.sampling, self.constraint = sampling, constraint
+        self._prompt = prompt if sampling.repetition_penalty != 1 else ()
+        self._key: mx.array | None = None
+        if not sampling.greedy:
+            seed = sampling.seed if sampling.seed is not None else secrets.randbits(64)
+            self._key = mx.random.key(seed)
+        self._seen: mx.array | None = None  # (1, V) bool, of the prompt and the answer
+        self._counts: mx.array | None = None  # (1, V) float32, of the answer
+        self._bias: mx.array | None = None  # (1, V) float32
+        self._allowed: NDArray[np.uint32] | None = None
+        self._counts_needed = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        self.adjusts = (
+            sampling.repetition_penalty != 1 or self._counts_needed or bool(sampling.logit_bias) or constraint is not None
+        )
+        self.look_up()
+
+    def look_up(self) -> None:
+        """Ask the constraint what may come next."""
+        if self.constraint is not None:
+            self._allowed = self.constraint.allowed()
+
+    def accept(self, token: int) -> None:
+        """The token is known on the host."""
+        if self.constraint is not None:
+            self.constraint.accept(token)
+            self.look_up()
+
+    def key(self) -> mx.array:
+        """A new one for each token."""
+        assert self._key is not None
+        self._key, now = mx.random.split(self._key)
+        return now
+
+    def adjust(self, logits: mx.array) -> mx.array:
+        """(1, V) float32 with penalties, bias and constraint."""
+        sampling = self.sampling
+        if sampling.repetition_penalty != 1:
+            if self._seen is None:
+                self._seen = mx.zeros(logits.shape, dtype=mx.bool_)
+                if self._prompt:
+                    self._seen[:, mx.array(sorted(set(self._prompt)))] = True
+            logits = penalise(logits, self._seen, sampling.repetition_penalty)
+        if self._counts_needed:
+            if self._counts is None:
+                self._counts = mx.zeros(logits.shape)
+            logits = logits - sampling.frequency_penalty * self._counts
+            logits = logits - sampling.presence_penalty * (self._counts > 0)
+        if sampling.logit_bias:
+            if self._bias is None:
+                self._bias = mx.zeros(logits.shape)
+                ids = mx.array(list(sampling.logit_bias))
+                self._bias[:, ids] = mx.array([float(bias) for bias in sampling.logit_bias.values()])
+            logits = logits + self._bias
+        if self._allowed is not None:
+            logits = mx.where(unpacked(mx.array(self._allowed), logits.shape[-1]), logits, -mx.inf)
+        return logits
+
+    def chose(self, token: mx.array) -> None:
+        """(1,): what was chosen, perhaps not computed yet."""
+        if self._seen is not None:
+            self._seen = mx.put_along_axis(self._seen, token[:, None], mx.array(True), axis=-1)
+        if self._counts is not None:
+            self._counts = self._counts.at[:, token].add(1)
+
+
+@dataclass
+class Chosen:
+    """The next token of several sequences, not computed yet."""
+
+    tokens: mx.array  # (B,) int32
+    likelihoods: list[tuple[mx.array, mx.array, mx.array] | None]  # chosen (1,), values (1, n), ids (1, n)
+    _read: NDArray[np.int32] | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.tokens, *(array for one in self.likelihoods if one is not None for array in one)]
+
+    def read(self) -> NDArray[np.int32]:
+        """(B,): waits for the device, once."""
+        if self._read is None:
+            self._read = np.array(self.tokens)
+        return self._read
+
+    def likelihood(self, row: int) -> Likelihood | None:
+        """Waits for the device."""
+        if (one := self.likelihoods[row]) is None:
+            return None
+        chosen, values, ids = (np.array(array).ravel().tolist() for array in one)
+        return Likelihood(chosen[0], tuple(zip(ids, values, strict=True)))
+
+
+def choose(logits: mx.array, choosers: Sequence[Chooser]) -> Chosen:
+    """The next token of each sequence, each exactly as if it were alone.
+
+    Args:
+        logits: (B, V) float32, as the model gave them.
+    """
+    raw = logits
+    if any(chooser.adjusts for chooser in choosers):
+        rows = [raw[row : row + 1] for row in range(len(choosers))]
+        rows = [chooser.adjust(one) if chooser.adjusts else one for one, chooser in zip(rows, choosers, strict=True)]
+        logits = rows[0] if len(rows) == 1 else mx.concatenate(rows)
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for row, chooser in enumerate(choosers):
+        groups.setdefault(chooser.sampling.filters, []).append(row)
+    if len(groups) == 1:
+        tokens = _sample(logits, choosers)
+    else:
+        parts = [_sample(logits[mx.array(rows)], [choosers[row] for row in rows]) for rows in groups.values()]
+        order = np.argsort([row for rows in groups.values() for row in rows])
+        tokens = mx.concatenate(parts)[mx.array(order)]
+    likelihoods: list[tuple[mx.array, mx.array, mx.array] | None] = []
+    for row, chooser in enumerate(choosers):
+        token = tokens[row : row + 1]
+        if chooser.adjusts:
+            chooser.chose(token)
+        count = chooser.sampling.logprobs
+        likelihoods.append(None if count is None else _likelihood(raw[row : row + 1], token, count))
+    return Chosen(tokens, likelihoods)
+
+
+def _sample(logits: mx.array, choosers: Sequence[Chooser]) -> mx.array:
+    sampling = choosers[0].sampling
+    return sample(logits, sampling, () if sampling.greedy else [chooser.key() for chooser in choosers])
+
+
+def _likelihood(logits: mx.array, token: mx.array, count: int) -> tuple[mx.array, mx.array, mx.array]:
+    total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(logits, token[:, None], axis=-1) - total
+    if not count:
+        return chosen, mx.zeros((0,)), mx.zeros((0,), dtype=mx.int32)
+    values, ids = top_candidates(logits, min(count, logits.shape[-1]))
+    return chosen, values - total, ids
+
+
+def unpacked(words: mx.array, count: int) -> mx.array:
+    """(ceil(count / 32),) uint32 as (1, count) bool, the lowest bit of each word first."""
+    bits = (words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return bits.flatten()[None, :count].astype(mx.bool_)

@@ -1,0 +1,60 @@
+"""How many tokens of a prompt are read at once: the one rule, for generation and for the arithmetic of memory.
+
+Where attention is not fused its scores are real memory, heads * chunk * keys numbers. Metal's fused kernels for more
+than 8 queries leave out heads of 256 (MLX 0.32, scaled_dot_product_attention.cpp: `use_fallback`), and no kernel reads
+packed rows.
+"""
+
+from __future__ import annotations
+
+from ..config import Config
+
+SCORE_BYTES = 1 << 30  # of one layer, at most
+FUSED_HEAD = 128
+LONGEST, LONGEST_UNFUSED, SHORTEST, GRAIN = 2048, 512, 32, 32  # tokens
+
+
+def score_bytes(
+    config: Config,
+    context: int,
+    chunk: int,
+    *,
+    kv_bits: int = 16,
+    local_kv_bits: int = 16,
+    dtype_bytes: int = 2,
+    fused: bool = True,
+) -> int:
+    """The largest score matrix of a layer while the last `chunk` of `context` tokens is read; 0 where all are fused.
+
+    MLX keeps one at a time: masking and softmax work in place. A local layer sees at most W - 1 + chunk keys.
+
+    Args:
+        fused: the device has fused attention for short heads (Metal); False where it has none (the CPU).
+    """
+    text = config.text
+    short = fused and text.head_dim <= FUSED_HEAD
+    keys = 0 if short and kv_bits == 16 else context
+    if not (short and local_kv_bits == 16):
+        keys = max(keys, min(context, text.sliding_window - 1 + chunk))
+    return text.num_attention_heads * chunk * keys * dtype_bytes
+
+
+def chunk_size(
+    config: Config, context: int, *, kv_bits: int = 16, local_kv_bits: int = 16, dtype_bytes: int = 2
+) -> int:
+    """Tokens to read at once when there are `context` in all: at most SCORE_BYTES of scores, whatever the context.
+
+    2048; with scores in memory 512, or as many (in steps of 32, at least 32) as keep them under the bound. The same on
+    every device, so that the same prompt is cut alike.
+    """
+    fused = config.text.head_dim <= FUSED_HEAD and kv_bits == 16
+    chunk = LONGEST if fused else LONGEST_UNFUSED
+
+    def scores(chunk: int) -> int:
+        return score_bytes(
+            config, context, chunk, kv_bits=kv_bits, local_kv_bits=local_kv_bits, dtype_bytes=dtype_bytes
+        )
+
+    while chunk > SHORTEST and scores(chunk) > SCORE_BYTES:
+        chunk -= GRAIN
+    return chunk

@@ -1,0 +1,106 @@
+"""Where the tokens of one forward pass stand, and what each may attend to: the only door between layers and caches.
+
+A chunk is a stretch of tokens (B, L) on one set of caches, or on none. A step is one token for each of several
+sequences, each on its own caches: matrices take all of them together, attention goes sequence by sequence, so nothing
+is padded, and sequences join and leave from one step to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from .cache import Caches, Rows, keys_and_values
+from .masks import attention_mask
+
+Attend = Callable[..., mx.array]  # attention.attend
+
+
+class Rule(Protocol):
+    """What a layer's attention is: its place, its scale, its window."""
+
+    layer: int
+    scale: float
+    window: int | None
+
+
+class Context(Protocol):
+    """What a layer needs of the tokens it is given."""
+
+    positions: mx.array  # of the first token of each sequence: () or (B,)
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
+        """Put keys and values (B, K, L, D) into the cache; what queries (B, H, L or 1, D) find there, of their shape.
+
+        With a single query for several keys it is the last one.
+        """
+
+
+class Chunk:
+    """L tokens of each sequence, on one set of caches."""
+
+    def __init__(
+        self,
+        length: int,
+        caches: Caches | None,
+        blocks: mx.array | None = None,
+        padding: tuple[int, ...] | None = None,
+    ) -> None:
+        """
+        Args:
+            blocks: (B, L) int, 0 for text, n for the tokens of the n-th image block.
+            padding: leading pad tokens of each sequence.
+        """
+        self.length, self.caches, self.blocks = length, caches, blocks
+        self.offset = caches.offset if caches is not None else 0
+        self.padding = mx.array(padding) if padding is not None else None
+        # The first real token of a padded sequence stands at position 0.
+        self.positions = mx.array(self.offset) if self.padding is None else self.offset - self.padding
+        self._masks: dict[int | None, mx.array | str | None] = {}
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
+        keys: Rows = (k,)
+        values: Rows = (v,)
+        bits = 16
+        if self.caches is not None:
+            cache = self.caches[rule.layer]
+            bits = cache.bits
+            keys, values = keys_and_values(cache.append(mx.concatenate([k, v], axis=1)))
+        mask = self._mask(keys[0].shape[2], rule.window)
+        if q.shape[2] < k.shape[2]:  # the last of these queries: in a triangle it sees all
+            mask = None if mask is None or isinstance(mask, str) else mask[:, :, -1:]
+        return attend(q, keys, values, scale=rule.scale, mask=mask, bits=bits)
+
+    def _mask(self, key_count: int, window: int | None) -> mx.array | str | None:
+        """One mask for all global layers and one for all local ones: layers of a kind hold as many keys."""
+        if window not in self._masks:
+            self._masks[window] = attention_mask(
+                self.length, self.offset, key_count, window=window, blocks=self.blocks, padding=self.padding
+            )
+        return self._masks[window]
+
+
+class Step:
+    """One token of each sequence, each on its own caches. No mask: a local cache returns no more than the window."""
+
+    def __init__(self, rows: Sequence[Caches]) -> None:
+        self.rows = rows
+        self.positions = mx.array([caches.offset for caches in rows])
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
+        both = mx.concatenate([k, v], axis=1)  # (B, 2 K, 1, D)
+        if len(self.rows) == 1:
+            return self._row(self.rows[0], q, both, rule, attend)
+        found = [
+            self._row(caches, q[row : row + 1], both[row : row + 1], rule, attend)
+            for row, caches in enumerate(self.rows)
+        ]
+        return mx.concatenate(found)
+
+    @staticmethod
+    def _row(caches: Caches, q: mx.array, both: mx.array, rule: Rule, attend: Attend) -> mx.array:
+        cache = caches[rule.layer]
+        keys, values = keys_and_values(cache.append(both))
+        return attend(q, keys, values, scale=rule.scale, mask=None, bits=cache.bits)

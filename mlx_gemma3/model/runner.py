@@ -1,0 +1,114 @@
+"""A model on a device: what generation calls. gemma3.py is the rule; tests hold a runner equal to it.
+
+    prompt  ─ read ─ hidden ─ head ─ logits          a chunk of one sequence, into its caches
+    tokens  ─ step ─ logits                          one token of each of several sequences, each into its own caches
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import cpu
+from .attention import attend_all_padded
+from .cache import Caches
+from .context import Chunk, Step
+from .fused import FusedDecoder, Kernels, Matrix, gpu_kernels
+from .gemma3 import Gemma3
+from .vision import PLAIN, TowerKernels
+
+
+class Runner:
+    """Runs the plain modules, or with `kernels` the fused decoder (fused.py). Logits are the same within rounding."""
+
+    def __init__(
+        self,
+        model: Gemma3,
+        kernels: Kernels | None = None,
+        tower: TowerKernels = PLAIN,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        """With `kernels` the weights are evaluated, and must not be replaced afterwards.
+
+        Args:
+            between: called before each layer; what it raises leaves the model as it was, its weights partly read.
+        """
+        self.model, self.config = model, model.config
+        self.dtype: mx.Dtype = model.language_model.norm.weight.dtype  # of the activations
+        self.ahead = kernels is None or kernels.ahead  # a step may be issued before the one before is read
+        self._kernels, self._tower = kernels, tower
+        self._decoder = model.language_model if kernels is None else FusedDecoder(model.language_model, kernels, between)
+        self._head: Matrix = None
+        # load_model(late_embedding=True): widening it is worth its time when a second token is asked for, not before.
+        self._widen_at_step = False
+        if kernels is not None:
+            embedding, tied = model.language_model.embed_tokens, model.config.tie_word_embeddings
+            self._head = kernels.matrix(embedding if tied else model.lm_head)
+            self._widen_at_step = (
+                tied and isinstance(embedding, nn.Embedding) and embedding.weight.dtype != self.dtype
+            )
+            mx.eval(model.parameters())
+
+    def make_caches(self, *, kv_bits: int = 16, local_kv_bits: int = 16) -> Caches:
+        """Empty caches for one sequence; see Gemma3.make_caches."""
+        return self.model.make_caches(kv_bits=kv_bits, local_kv_bits=local_kv_bits)
+
+    def read(
+        self,
+        tokens: mx.array | np.ndarray | Sequence[Sequence[int]],
+        features: mx.array | None = None,
+        caches: Caches | None = None,
+        last_only: bool = False,
+    ) -> mx.array:
+        """A chunk of a prompt, without the head: (B, L) int32 → (B, L or 1, D) normed hidden states.
+
+        Args:
+            features: (N, T, D) from `encode_images`, the pictures of these tokens; None without pictures.
+
+        Raises:
+            PromptError: see Gemma3.
+        """
+        rows, blocks = self.model.embed(tokens, features, caches)
+        padding = caches.padding if caches is not None else None
+        return self._decoder(rows, Chunk(rows.shape[1], caches, blocks, padding), last_only=last_only)
+
+    def step(self, tokens: mx.array, rows: Sequence[Caches]) -> mx.array:
+        """One decoded token of each sequence: (B,) int32 → (B, V) float32. Never reads the tokens on the host.
+
+        As in the reference, a token that the model itself wrote is text, whatever its id.
+
+        Args:
+            rows: the caches of each sequence, B of them, each of one sequence without padding.
+        """
+        if self._widen_at_step:
+            assert self._kernels is not None
+            embedding = self.model.language_model.embed_tokens
+            embedding.weight = embedding.weight.astype(self.dtype)
+            self._head = self._kernels.matrix(embedding)
+            self._widen_at_step = False
+        for caches in rows:
+            assert caches.padding is None, "a padded batch is read by calls of the model"
+            caches.ends_in_image = False
+        hidden = self.model.language_model.embed(tokens[:, None])
+        return self.head(self._decoder(hidden, Step(rows)))[:, 0]
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """(B, L, D) → (B, L, V) float32."""
+        if self._kernels is None:
+            return self.model.head(hidden)
+        return self._kernels.multiply(hidden, self._head).astype(mx.float32)
+
+    def encode_images(self, pixels: mx.array | np.ndarray) -> mx.array:
+        """(N, S, S, 3) float32 in [-1, 1] → (N, T, D)."""
+        return self.model.encode_images(pixels, self._tower)
+
+
+def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runner:
+    """Evaluate the weights and arrange them for MLX's default device. See Runner for `between`."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return Runner(model, gpu_kernels(), TowerKernels(attend=attend_all_padded), between)
+    tower = cpu.tower_kernels(model.vision_tower) if model.config.vision is not None else PLAIN
+    return Runner(model, cpu.kernels(), tower, between)

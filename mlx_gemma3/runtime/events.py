@@ -1,0 +1,87 @@
+"""What a stream tells, as plain types: it crosses into Swift, and into lines of JSON."""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired, TypedDict
+
+
+class Logprob(TypedDict):
+    """A token and its natural log-probability, before penalties, bias and temperature."""
+
+    token: int
+    text: str  # of this token alone; � where it is part of a character
+    logprob: float
+
+
+class TokenLogprob(Logprob):
+    """A token of the answer, and the likeliest ones at its place."""
+
+    top: list[Logprob]
+
+
+class TextEvent(TypedDict):
+    """Some text of the answer, and the ids behind it."""
+
+    kind: Literal["text"]
+    text: str
+    tokens: list[int]
+    logprobs: NotRequired[list[TokenLogprob]]  # when asked for, one for each of `tokens`
+
+
+class Usage(TypedDict):
+    """What an answer took. Tokens, seconds, bytes."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of them not processed again
+    processed_tokens: int
+    completion_tokens: int
+    prompt_seconds: float  # from the answer's turn to the prompt read
+    first_token_seconds: float  # from there to the first token
+    answer_seconds: float  # from the prompt read to the end
+    peak_memory_bytes: int  # of the whole engine
+    images: int
+    images_encoded: int  # of them not seen before
+    prepare_seconds: float  # pictures and prompt, beside the engine's thread
+
+
+class DoneEvent(TypedDict):
+    """The whole answer: the last event."""
+
+    kind: Literal["done"]
+    text: str
+    tokens: list[int]  # as generated, the one that ended the answer included
+    finish_reason: Literal["stop", "length", "cancelled"]
+    usage: Usage
+    logprobs: NotRequired[list[TokenLogprob]]  # when asked for
+
+
+class ErrorEvent(TypedDict):
+    """What went wrong: the last event."""
+
+    kind: Literal["error"]
+    code: str  # errors.py
+    message: str
+
+
+Stage = Literal["download", "pictures", "prompt"]
+
+
+class PendingEvent(TypedDict):
+    """Nothing yet; or how far something is that takes its time."""
+
+    kind: Literal["pending"]
+    stage: NotRequired[Stage]
+    done: NotRequired[int]
+    total: NotRequired[int]
+
+
+Event = TextEvent | DoneEvent | ErrorEvent | PendingEvent
+
+
+def no_usage() -> Usage:
+    """Of an answer that was never begun."""
+    return Usage(
+        prompt_tokens=0, cached_tokens=0, processed_tokens=0, completion_tokens=0, prompt_seconds=0.0,
+        first_token_seconds=0.0, answer_seconds=0.0, peak_memory_bytes=0, images=0, images_encoded=0,
+        prepare_seconds=0.0,
+    )  # fmt: skip

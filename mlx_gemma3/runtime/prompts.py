@@ -1,0 +1,128 @@
+"""From what a caller says to the tokens that the model reads: the one place where the engine prepares prompts.
+
+Runs in any thread, beside the engine's: pictures are fetched and decoded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import OptionError, PromptError
+from ..prompt import messages as written
+from .loaded import Loaded
+from .options import Options
+from .request import Request
+from .stream import Messages, Picture
+from .timeline import Tokens, digest
+
+Progress = Callable[[Any, int, int], None]  # events.Stage, done, in all
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt, or one turn of a conversation, as the model reads it."""
+
+    tokens: Tokens
+    pixels: Mapping[str, NDArray[np.float32]]  # (S, S, 3) by digest
+    images: int  # pictures as people count them: crops are not
+
+
+def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared:
+    """The prompt of a request; of one in a conversation, its new turn alone.
+
+    Raises:
+        Gemma3Error: what is wrong with it.
+        Exception: what `progress` raises.
+    """
+    options = request.options
+    check_tokens(options, loaded.config.text.vocab_size)
+    if request.conversation is not None:
+        check_turn(options)
+        assert request.prompt is not None, "the turns before are prepared"
+        prompt: str | Messages = request.conversation.question(request.prompt, len(request.images))
+    else:
+        assert request.prompt is not None, "only a conversation answers its last turn again"
+        prompt = said(loaded, request.prompt, request.images, options)
+    return processed(loaded, prompt, request.images, options, progress)
+
+
+def said(
+    loaded: Loaded, prompt: str | Messages, images: list[Picture], options: Options
+) -> str | Messages:
+    """A text to complete as it is; anything else as messages.
+
+    Raises:
+        OptionError, PromptError: options that do not belong to such a prompt.
+    """
+    if isinstance(prompt, str):
+        if options.continue_final_message:
+            raise OptionError("continue_final_message", got="a text", want="messages, the last to be gone on with")
+        if completes(loaded, options):
+            if options.system is not None:
+                raise OptionError("system", got="a text", want="none", do="completion has no turns")
+            return prompt
+        pictures = [{"type": "image"} for _ in images]
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}
+        ]
+    else:
+        if options.raw:
+            raise PromptError("prompt", got="messages", want="a string", do="completion has no turns")
+        messages = written.read(prompt)
+        written.check_roles(messages)
+    if options.system is not None:
+        if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+            raise OptionError("system", got="a text beside a system message", want="one of them")
+        messages = [{"role": "system", "content": options.system}, *messages]
+    return messages
+
+
+def processed(
+    loaded: Loaded, prompt: str | Messages, images: list[Picture], options: Options, progress: Progress
+) -> Prepared:
+    """Tokens and pixels of a text to complete, or of messages."""
+    # What users type must not act as control tokens: `<end_of_turn>` in a message does not end the turn.
+    found = loaded.processor.prepare(
+        prompt,
+        images,
+        pan_and_scan=options.pan_and_scan,
+        special=isinstance(prompt, str),
+        continue_final_message=options.continue_final_message,
+        progress=progress,
+    )
+    pixels = found.pixels if found.pixels is not None else ()
+    digests = tuple(map(digest, pixels))
+    tokens = Tokens(tuple(found.tokens), tuple(found.spans), digests)
+    return Prepared(tokens, dict(zip(digests, pixels, strict=True)), found.image_count)
+
+
+def completes(loaded: Loaded, options: Options) -> bool:
+    """Whether a text is completed, not answered."""
+    return not loaded.checkpoint.instruct if options.raw is None else options.raw
+
+
+def end_ids(loaded: Loaded, request: Request) -> frozenset[int]:
+    """The tokens that end an answer: in a chat, whose turns are written here, <end_of_turn> is always one."""
+    text = request.conversation is None and isinstance(request.prompt, str) and completes(loaded, request.options)
+    return loaded.eos_ids if text else loaded.eos_ids | {loaded.end_of_turn}
+
+
+def check_turn(options: Options) -> None:
+    """Refuse what cannot be set for one turn of a conversation. Raises OptionError."""
+    if options.system is not None or options.raw:
+        raise OptionError("system or raw", got="set for one turn", want="none: they belong to the session")
+    if options.continue_final_message:
+        raise OptionError(
+            "continue_final_message", got="true for a turn", want="false", do="hand the messages to generate"
+        )
+
+
+def check_tokens(options: Options, vocabulary: int) -> None:
+    """Refuse ids that the vocabulary does not have. Raises OptionError."""
+    if options.logit_bias and (most := max(options.logit_bias)) >= vocabulary:
+        raise OptionError("logit_bias", got=f"token {most}", want=f"0 to {vocabulary - 1}")

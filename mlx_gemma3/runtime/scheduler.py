@@ -1,0 +1,441 @@
+"""Who goes next: several answers at once, in one thread.
+
+    line ─ prepare ─ admit ─┬─ readers: one chunk of one prompt ─┐
+         (other threads)    └─ writers: one token of each ◄──────┘ ─ deliver
+
+Each turn reads at most one chunk and writes one token of every answer, so a long prompt holds nobody up: while others
+write, a chunk is cut so that it takes as long as a few of their steps. Cancels, errors and ends concern one answer;
+only what MLX itself raises in a joint step ends all answers of that step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.memory import cache_bytes, estimate
+from ..errors import Gemma3Error
+from ..generation.batch import Batch, Row
+from ..generation.choice import Chooser
+from ..model.runner import Runner
+from .answer import Answer
+from .conversation import Conversation
+from .events import PendingEvent, Stage, no_usage
+from .finite import check_finite
+from .job import Job, done_event
+from .loaded import Loaded
+from .pool import Pool
+from .prompts import Prepared, check_turn, end_ids, prepare
+from .request import Request
+from .timeline import FeatureCache, Timeline, Tokens
+
+STEPS_A_CHUNK = 4  # a chunk takes as long as so many steps of those that write meanwhile
+SHORTEST_CHUNK = 16  # tokens
+WORTH_A_FORK = 32  # tokens that a running timeline must have more than an idle one to be waited for or forked
+_SMOOTH = 0.3  # weight of the newest measurement
+
+
+class Unwanted(Exception):
+    """Nobody waits for the prompt any more."""
+
+
+@dataclass(eq=False)
+class Call:
+    """Something to be done in the engine's thread; of a conversation, after all that was asked of it before."""
+
+    work: Callable[[Scheduler], Any]
+    future: Future[Any]
+    conversation: Conversation | None = None
+
+
+class Scheduler:
+    """Everything that is in work. Only for the engine's thread, but for `loaded`."""
+
+    def __init__(
+        self, loaded: Loaded, runner: Runner, budget: int, send: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """
+        Args:
+            budget: bytes that weights, caches and work may take together.
+            send: runs something in the engine's thread, soon; called from others.
+        """
+        self.loaded, self.runner, self.budget = loaded, runner, budget
+        self.features = FeatureCache()
+        self.pool = Pool(max(4, loaded.options.parallel), budget // 4)
+        self._send = send
+        self._line: list[Job | Call] = []  # in the order in which they came
+        self._readers: deque[Job] = deque()  # the next one to read a chunk stands first
+        self._batch = Batch(runner)
+        self._writers: dict[Row, Job] = {}
+        self._step_seconds = 0.0
+        self._read_rate = 0.0  # tokens a second
+
+    # --- what the engine's thread calls
+
+    def add(self, item: Job | Call) -> None:
+        """Put something in line."""
+        self._line.append(item)
+
+    @property
+    def running(self) -> list[Job]:
+        return [*self._readers, *self._writers.values()]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn would do something now."""
+        return bool(self._readers or self._writers)
+
+    @property
+    def waiting(self) -> int:
+        """How many are in line, perhaps for a prompt that is being prepared. Any thread may ask."""
+        return len(self._line)
+
+    def turn(self) -> None:
+        """Let in who can come in, read one chunk, write one token of each answer."""
+        if self._line:
+            self._walk()
+            self._admit()
+        self._drop_cancelled()
+        if self._readers:
+            self._read_one()
+        if self._writers:
+            self._write_all()
+
+    def fail_all(self, error: BaseException) -> None:
+        """A fault of the scheduler's own: whoever waits is told."""
+        line, self._line = self._line, []
+        for item in line:
+            if isinstance(item, Job):
+                self._fail(item, error)
+            else:
+                item.future.set_exception(error)
+        for job in self.running:
+            self._fail(job, error)
+
+    def cancel_all(self) -> None:
+        """The engine closes."""
+        for item in self._line:
+            if isinstance(item, Job):
+                item.request.cancel()
+        for job in self.running:
+            job.request.cancel()
+
+    def new_timeline(self) -> Timeline:
+        options = self.loaded.options
+        caches = self.runner.make_caches(kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits)
+        return Timeline(self.runner, caches, identity=self.loaded.identity, snapshot_bytes=self.budget // 16)
+
+    def new_conversation(self, system: str | None) -> Conversation:
+        newline = tuple(self.loaded.tokenizer.encode("\n"))
+        return Conversation(self.new_timeline(), self.loaded.end_of_turn, newline, system)
+
+    def encode(self, name: str, view: NDArray[np.float32] | None) -> mx.array:
+        """(T, D) features of a picture."""
+        return self.features.get(self.runner, name, view)
+
+    # --- the line
+
+    def _walk(self) -> None:
+        """End who was cancelled, do the calls whose turn has come, let the next prompts be prepared."""
+        taken = {id(job.conversation) for job in self.running if job.conversation is not None}
+        left: list[Job | Call] = []
+        ahead = 0
+        line, self._line = self._line, []
+        for item in line:
+            own = item.conversation
+            first = own is None or id(own) not in taken
+            if own is not None:
+                taken.add(id(own))
+            if isinstance(item, Call):
+                if first:
+                    finish(item, self)
+                    if own is not None:
+                        taken.discard(id(own))
+                else:
+                    left.append(item)
+                continue
+            if item.request.cancelled:  # before its turn came: nothing was said
+                item.undo()
+                item.request.put(done_event("", [], "cancelled", no_usage()))
+            elif item.error is not None:
+                self._fail(item, item.error)
+            else:
+                left.append(item)
+                ahead += 1
+                if first and item.tokens is None and not item.preparing and ahead <= self.loaded.options.parallel:
+                    self._prepare(item)
+                continue
+            if own is not None and first:
+                taken.discard(id(own))  # the next of that conversation goes on at once
+        self._line = left + self._line
+
+    def _prepare(self, job: Job) -> None:
+        """Have its prompt made in a thread of its own."""
+        request = job.request
+        like = request.like
+        try:
+            if request.prompt is None:
+                check_turn(request.options)
+                job.prepared(None)
+                return
+            if like is not None and like.prepared is not None:
+                job.prepared(like.prepared)
+                return
+        except Gemma3Error as error:
+            job.error = error
+            return
+        if like is not None and not like.cancelled and like.error is None:
+            return  # that one is being prepared
+        job.prepare_begins()
+        told: PendingEvent | None = None
+
+        def progress(stage: Stage, done: int, total: int) -> None:
+            nonlocal told
+            if request.cancelled:
+                raise Unwanted
+            event: PendingEvent = {"kind": "pending", "stage": stage, "done": done, "total": total}
+            if event != told:
+                told = event
+                request.put(event)
+
+        def work() -> None:
+            try:
+                found = prepare(self.loaded, request, progress)
+            except BaseException as error:  # told in the engine's thread
+                failed = error
+                self._send(lambda: self._prepared(job, None, failed))
+            else:
+                self._send(lambda: self._prepared(job, found, None))
+
+        threading.Thread(target=work, name="mlx-gemma3 prompt", daemon=True).start()
+
+    def _prepared(self, job: Job, found: Prepared | None, error: BaseException | None) -> None:
+        if job not in self._line:  # cancelled meanwhile
+            return
+        if error is None and found is not None:
+            try:
+                job.request.prepared = found
+                job.prepared(found)
+            except Gemma3Error as wrong:
+                error = wrong
+        if error is not None and not isinstance(error, Unwanted):
+            job.error = known(error)
+        job.preparing = False
+
+    # --- admission
+
+    def _admit(self) -> None:
+        """In order, as many as may run at once and as memory lasts for."""
+        for item in list(self._line):
+            if not isinstance(item, Job) or item.tokens is None or item.error is not None:
+                continue
+            if len(self._readers) + len(self._writers) >= self.loaded.options.parallel:
+                return
+            item.kv_bytes = self._kv_bytes(item, item.tokens)
+            if not self._fits(item, item.tokens):
+                return
+            if self._begin(item, item.tokens):
+                self._line.remove(item)
+
+    def _begin(self, job: Job, tokens: Tokens) -> bool:
+        """Give it a timeline and let it read. False when another reads the same prompt now, and it had better wait."""
+        if not self.busy:
+            mx.reset_peak_memory()
+        timeline: Timeline | None
+        if job.conversation is not None:
+            timeline = job.conversation.timeline
+        else:
+            timeline, reused = self.pool.best(tokens)
+            for other in self.running:
+                assert other.timeline is not None and other.tokens is not None
+                shared = other.tokens.shared(tokens)
+                if other in self._readers and shared > max(other.timeline.caches.offset, reused + WORTH_A_FORK):
+                    return False
+                if (there := other.timeline.reusable(tokens)) > reused + WORTH_A_FORK:
+                    timeline, reused = other.timeline, there
+            if timeline is None:
+                timeline = self.new_timeline()
+            elif timeline in self.pool.timelines:
+                self.pool.take(timeline)
+            else:
+                timeline = timeline.fork()
+        try:
+            job.reads(timeline, timeline.open(tokens, limit=self.loaded.options.max_context))
+            if timeline.logits is not None:
+                self._start_writing(job)
+            else:
+                self._readers.append(job)
+        except Exception as error:
+            self._fail(job, error)
+        return True
+
+    def _kv_bytes(self, job: Job, tokens: Tokens) -> int:
+        """Of the keys and values that the answer may come to need."""
+        return sum(cache_bytes(self.loaded.config, self._context(job, tokens), **self._bits()))
+
+    def _context(self, job: Job, tokens: Tokens) -> int:
+        return max(1, min(len(tokens) + job.request.options.max_tokens, self.loaded.max_context))
+
+    def _bits(self) -> dict[str, int]:
+        options = self.loaded.options
+        return {
+            "kv_bits": options.kv_bits, "local_kv_bits": options.local_kv_bits, "dtype_bytes": self.runner.dtype.size,
+        }  # fmt: skip
+
+    def _fits(self, job: Job, tokens: Tokens) -> bool:
+        """Whether there is memory for it beside those that run; the first one always comes in."""
+        if not self.busy:
+            return True
+        weights = self.loaded.about["weights_bytes"]
+        context, bits = self._context(job, tokens), self._bits()
+        alone = estimate(
+            self.loaded.config,
+            weights,
+            context=context,
+            kv_bits=bits["kv_bits"],
+            local_kv_bits=bits["local_kv_bits"],
+            dtype_bytes=bits["dtype_bytes"],
+        ).total
+        free = self.budget - alone - sum(other.kv_bytes for other in self.running)
+        while self.pool.timelines and self.pool.nbytes > free:
+            self.pool.drop_oldest()
+        return free >= 0
+
+    # --- reading and writing
+
+    def _drop_cancelled(self) -> None:
+        for job in self.running:
+            if job.request.cancelled:
+                self._end(job, "cancelled")
+
+    def _read_one(self) -> None:
+        """One chunk of the first reader, or one picture of it; then it is the next reader's turn."""
+        job = self._readers.popleft()
+        timeline = job.timeline
+        assert timeline is not None
+        try:
+            most = self._chunk()
+            pictures = timeline.pictures(*timeline.next_chunk(most))
+            missing = next((number for number in pictures if not job.has_features(number, self.features)), None)
+            if missing is not None:  # the others get a token before the next
+                self._readers.appendleft(job)
+                job.features(missing, self.encode)
+                job.encoded()
+                return
+            began = perf_counter()
+            count = timeline.read_chunk(lambda number: job.features(number, self.encode), most)
+            self._read_rate = _smoothed(self._read_rate, count / max(perf_counter() - began, 1e-9))
+            job.read()
+            if timeline.logits is None:
+                self._readers.append(job)
+            else:
+                self._start_writing(job)
+        except Exception as error:
+            self._fail(job, error)
+
+    def _chunk(self) -> int | None:
+        """Tokens to read at once: while others write as many as take the time of a few of their steps."""
+        if not self._writers or not self._step_seconds or not self._read_rate:
+            return None if not self._writers else SHORTEST_CHUNK * 4
+        count = int(STEPS_A_CHUNK * self._step_seconds * self._read_rate)
+        return max(SHORTEST_CHUNK, count // SHORTEST_CHUNK * SHORTEST_CHUNK)
+
+    def _start_writing(self, job: Job) -> None:
+        timeline, request, tokens = job.timeline, job.request, job.tokens
+        assert timeline is not None and timeline.logits is not None and tokens is not None
+        check_finite(timeline.logits, self.loaded.checkpoint)
+        eos_ids = end_ids(self.loaded, request)
+        answer = Answer(self.loaded.tokenizer, eos_ids=eos_ids, stop=request.options.stop)
+        sampling = request.options.sampling(self.loaded.checkpoint.generation)
+        left = min(request.options.max_tokens, self.loaded.max_context - len(tokens))
+        row = Row(timeline.caches, Chooser(sampling, tokens.ids, request.constraint), left)
+        job.writes(row, answer)
+        if left < 1:
+            self._end(job, "length")
+            return
+        self._batch.join(row, timeline.logits)
+        self._writers[row] = job
+
+    def _write_all(self) -> None:
+        """One token of every answer."""
+        began = perf_counter()
+        try:
+            written = self._batch.next()
+        except Exception as error:  # MLX's own: the caches of all of them may be half written
+            for job in list(self._writers.values()):
+                self._fail(job, error)
+            return
+        self._step_seconds = _smoothed(self._step_seconds, perf_counter() - began)
+        for one in written:
+            job = self._writers[one.row]
+            try:
+                job.take(one)
+                assert job.answer is not None
+                if job.answer.ended:
+                    self._end(job, "stop")
+                elif job.request.cancelled:
+                    self._end(job, "cancelled")
+                elif not one.row.left:
+                    self._end(job, "length")
+            except Exception as error:
+                self._fail(job, error)
+
+    # --- ends
+
+    def _end(self, job: Job, reason: str) -> None:
+        self._leave(job)
+        done = job.ends(reason, end_ids(self.loaded, job.request))
+        if job.conversation is None and job.timeline is not None:
+            self.pool.put(job.timeline)
+        job.request.put(done)
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        """One answer ends with an error; caches that an error of unknown kind left half written are dropped."""
+        self._leave(job)
+        job.undo()
+        if isinstance(error, Gemma3Error):
+            if job.conversation is None and job.timeline is not None and job.row is None:
+                self.pool.put(job.timeline)
+        elif job.conversation is not None and job.timeline is not None:
+            job.conversation.timeline = self.new_timeline()
+        job.request.fail(known(error))
+
+    def _leave(self, job: Job) -> None:
+        if job in self._readers:
+            self._readers.remove(job)
+        if job.row is not None and job.row in self._writers:
+            del self._writers[job.row]
+            self._batch.leave(job.row)
+
+
+def finish(call: Call, scheduler: Scheduler) -> None:
+    """Do what was asked for."""
+    try:
+        call.future.set_result(call.work(scheduler))
+    except BaseException as error:  # raised again in the thread that waits
+        call.future.set_exception(error)
+
+
+def known(error: BaseException) -> Gemma3Error:
+    """An error that may be kept: of our tree, and without the frames it came through, which hold arrays."""
+    import traceback
+
+    if isinstance(error, Gemma3Error):
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        return error
+    unforeseen = Gemma3Error(f"{type(error).__name__} in the engine", got=error)
+    unforeseen.add_note("".join(traceback.format_exception(error)))
+    return unforeseen
+
+
+def _smoothed(old: float, new: float) -> float:
+    return new if not old else (1 - _SMOOTH) * old + _SMOOTH * new
