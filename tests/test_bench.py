@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from mlx_gemma3.errors import Gemma3Error, OptionError, OutputError
 from mlx_gemma3.generation.batch import decode
 from mlx_gemma3.generation.prefill import prefill
 from mlx_gemma3.generation.sampling import Sampling
+from mlx_gemma3.model.cache import Caches
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.measure import benchmark, roofline
 from mlx_gemma3.measure.benchmark import Plan, measure, measure_decoding, random_ids
 from mlx_gemma3.measure.roofline import Bandwidth, published, step_kv_bytes, step_weight_bytes
+from mlx_gemma3.model.runner import Runner, on_device
 
 Run = Callable[..., str]
 QUICK = ("--prompt-tokens", "9,5", "--context", "3,40", "--tokens", "6", "--repeat", "2", "--quiet")
@@ -164,10 +166,8 @@ def test_keys_and_values_of_a_step(depth: int, kv_bits: int, want: int) -> None:
     assert step_kv_bytes(config, depth, kv_bits=kv_bits, dtype_bytes=4) == want
     caches = Gemma3(config).make_caches(kv_bits=kv_bits)
     for layer in caches:  # the rows that a step is given once `depth` tokens are held
-        held = mx.zeros((1, 2, depth, 64))
-        layer.update_and_fetch(held, held)
-    one = mx.zeros((1, 2, 1, 64))
-    given = sum(part.nbytes for layer in caches for rows in layer.update_and_fetch(one, one) for part in rows)
+        layer.append(mx.zeros((1, 4, depth, 64)))
+    given = sum(part.nbytes for layer in caches for part in layer.append(mx.zeros((1, 4, 1, 64))))
     assert given == want
 
 
@@ -183,27 +183,25 @@ def test_the_bandwidth_of_a_chip_and_of_a_machine_that_is_in_no_table(monkeypatc
 
 
 def test_decoding_goes_back_to_its_depth_and_steps_are_counted_alike_for_rows_together() -> None:
-    model = random_model.random_model(random_model.tiny_config())
     for tokens, batch in ((5, 1), (30, 3)):  # 30 is more than the slack of a window of 8
         steps: list[int] = []
-        plain = model.step
 
-        def counted(tokens: mx.array, caches: Any, plain: Any = plain, steps: list[int] = steps) -> mx.array:
-            assert tokens.shape == (batch,)  # noqa: B023
-            steps.append(caches.offset)
-            return plain(tokens, caches)
+        class Counted(Runner):
+            def step(self, tokens: mx.array, rows: Sequence[Caches]) -> mx.array:
+                assert tokens.shape == (batch,) == (len(rows),)  # noqa: B023
+                steps.append(rows[0].offset)  # noqa: B023
+                return super().step(tokens, rows)
 
-        model.step = counted
-        spread, peak = measure_decoding(model, 20, tokens=tokens, batch=batch, repeat=2)
-        model.step = plain
+        runner = Counted(random_model.random_model(random_model.tiny_config()))
+        spread, peak = measure_decoding(runner, 20, tokens=tokens, batch=batch, repeat=2)
         once = list(range(20, 20 + tokens))
         assert steps == [*range(20, 20 + min(tokens, 4)), *once, *once]
         assert spread.low > 0 and peak > 0
 
 
 def test_random_ids_hold_no_image_token() -> None:
-    model = random_model.random_model(random_model.tiny_config())
-    ids = random_ids(model, 500, 2)
+    runner = Runner(random_model.random_model(random_model.tiny_config()))
+    ids = random_ids(runner, 500, 2)
     assert ids.shape == (2, 500) and len(np.unique(ids)) == 63 and random_model.IMAGE not in ids
 
 
@@ -266,13 +264,12 @@ def test_measuring_loads_once_and_says_what_it_does(text_folder: Path) -> None:
 STEPS = 100
 
 
-def growth(model: Gemma3, held: Callable[[Any], Any]) -> tuple[int, int]:
+def growth(runner: Runner, held: Callable[[Any], Any]) -> tuple[int, int]:
     """(growth of the memory's peak over 100 decode steps, bytes of the caches); `held` sees the caches each step."""
-    caches = model.make_caches()
+    caches = runner.make_caches()
     prompt = [int(token) for token in np.random.default_rng(0).integers(4, 58, 130)]
-    logits = prefill(model, prompt, caches)
-    assert logits is not None
-    steps = decode(model, logits, caches, sampling=Sampling(temperature=0), max_tokens=STEPS)
+    logits = prefill(runner, prompt, caches)
+    steps = decode(runner, logits, caches, sampling=Sampling(temperature=0), max_tokens=STEPS)
     kept = None
     for _ in range(10):  # all that a step needs was allocated once
         next(steps)
@@ -293,9 +290,8 @@ def test_memory_is_flat_over_a_hundred_steps_and_a_held_reference_shows(fused: b
         vision=False, sliding_window=128, head_dim=64, num_key_value_heads=4, hidden_size=16, intermediate_size=16
     )
     model = random_model.random_model(config)
-    if fused:
-        model.fuse()
-    flat, size = growth(model, lambda caches: None)
-    copied, _ = growth(model, lambda caches: [array[...] for array in caches.arrays])
+    runner = on_device(model) if fused else Runner(model)
+    flat, size = growth(runner, lambda caches: None)
+    copied, _ = growth(runner, lambda caches: [array[...] for array in caches.arrays])
     assert flat < size / 8, (flat, size)
     assert copied > size / 2, (copied, size)

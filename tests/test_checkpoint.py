@@ -21,6 +21,7 @@ from mlx_gemma3.checkpoint.tensors import canonical_name, read_folder, read_head
 from mlx_gemma3.config import Config
 from mlx_gemma3.errors import CheckpointError, ConfigError, Gemma3Error, OptionError
 from mlx_gemma3.model.gemma3 import Gemma3
+from mlx_gemma3.model.runner import Runner, on_device
 
 TEXT, IMAGE = tiny.text_config(), tiny.image_config()
 TOKENS = np.random.default_rng(1).integers(3, 499, size=(1, 24))
@@ -366,15 +367,15 @@ def test_a_late_embedding_is_widened_for_the_second_token(stored: str, tied: boo
     half = {name: mx.array(x).astype(kind) for name, x in tiny.random_tensors(config).items()}
     folder = tiny.write_folder(tmp_path, config, half, style="text")
     plain, late = load_model(folder), load_named(folder, late_embedding=True)
-    late.fuse()
+    runner = on_device(late)
     table = late.language_model.embed_tokens
-    caches, want = late.make_caches(), plain.make_caches()
+    caches, want = runner.make_caches(), plain.make_caches()
     ids = [[2, 5, 6, 7]]
     np.testing.assert_allclose(np.array(late(ids, caches=caches)), np.array(plain(ids, caches=want)), atol=1e-4)
     assert table.weight.dtype == kind
     for token in (8, 9):
-        got = late.step(mx.array([token]), caches)
-        np.testing.assert_allclose(np.array(got), np.array(plain.step(mx.array([token]), want)), atol=1e-4)
+        got = runner.step(mx.array([token]), [caches])
+        np.testing.assert_allclose(np.array(got), np.array(Runner(plain).step(mx.array([token]), [want])), atol=1e-4)
         assert table.weight.dtype == (mx.float32 if tied else kind)
     everything = tree_flatten(load_named(folder, dtype="bfloat16", late_embedding=True).parameters())
     assert {str(x.dtype) for _, x in everything} == {"mlx.core.bfloat16"}

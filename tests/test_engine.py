@@ -18,10 +18,9 @@ from endless import endless
 
 import mlx_gemma3 as g3
 from mlx_gemma3.errors import ClosedError, SourceNotFound
-from mlx_gemma3.generation import loop
-from mlx_gemma3.model.gemma3 import Gemma3
+from mlx_gemma3.model.runner import Runner
 from mlx_gemma3.prompt.processor import Processor
-from mlx_gemma3.runtime import host, thread
+from mlx_gemma3.runtime import loading, thread, timeline
 
 ENDLESS: dict[str, Any] = {"max_tokens": 900, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 LONG = "the model " * 12  # about 50 tokens
@@ -56,7 +55,7 @@ class Work:
         self.begun = 0
         self.at_each: Callable[[int], None] = lambda _: None
         for name in ("step", "read"):
-            monkeypatch.setattr(Gemma3, name, self._counting(getattr(Gemma3, name)))
+            monkeypatch.setattr(Runner, name, self._counting(getattr(Runner, name)))
 
     def _counting(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **options: Any) -> Any:
@@ -69,7 +68,7 @@ class Work:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
-    monkeypatch.setattr(loop, "chunk_size", lambda *_: 8)  # many chunks in a short prompt
+    monkeypatch.setattr(timeline, "usual_chunk", lambda *_: 8)  # many chunks in a short prompt
     return Work(monkeypatch)
 
 
@@ -107,13 +106,13 @@ def test_a_cancel_at_the_begin_of_a_step_is_the_last_step(base: g3.Engine, work:
 def test_a_cancel_stops_between_two_pictures(chat: g3.Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from PIL import Image
 
-    encode, seen = Gemma3.encode_images, []
+    encode, seen = Runner.encode_images, []
 
-    def encoding(model: Gemma3, pixels: Any) -> Any:
+    def encoding(model: Runner, pixels: Any) -> Any:
         seen.append(stream.cancel())
         return encode(model, pixels)
 
-    monkeypatch.setattr(Gemma3, "encode_images", encoding)
+    monkeypatch.setattr(Runner, "encode_images", encoding)
     stream = chat.stream("compare", images=[Image.new("RGB", (30, 30), (60 * n, 0, 9)) for n in range(4)])
     reply = stream.reply
     assert (reply.finish_reason, reply.tokens, len(seen)) == ("cancelled", [], 1)
@@ -225,14 +224,14 @@ def test_an_error_nobody_foresaw_ends_one_answer_and_leaves_right_caches(
     session = chat.session()
     first = session.send("the model is", max_tokens=12, temperature=0).reply
     said = session.messages
-    step, left = Gemma3.step, iter(range(2))
+    step, left = Runner.step, iter(range(2))
 
     def failing(*args: Any) -> Any:
         if next(left, None) is None:
             raise RuntimeError("the device is on fire")
         return step(*args)
 
-    monkeypatch.setattr(Gemma3, "step", failing)
+    monkeypatch.setattr(Runner, "step", failing)
     for stream in (chat.stream("the model is", temperature=0), session.send("and", temperature=0), session.retry()):
         while (event := stream.next())["kind"] not in ("done", "error"):
             pass
@@ -261,7 +260,7 @@ def test_an_idle_engine_warms_up_and_answers_the_same(
     base: g3.Engine, text_folder: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     wanted = base.generate("the", max_tokens=5, temperature=0).tokens
-    warm_up, step, warmed = host.Host.warm_up, Gemma3.step, threading.Event()
+    warm_up, step, warmed = loading.warm_up, Runner.step, threading.Event()
     steps = 0
 
     def counted(*given: Any) -> Any:
@@ -269,15 +268,15 @@ def test_an_idle_engine_warms_up_and_answers_the_same(
         steps += 1
         return step(*given)
 
-    def watched(self: host.Host) -> None:
-        self.model.ahead = True  # as on a GPU
-        warm_up(self)
+    def watched(loaded: Any, runner: Runner) -> None:
+        runner.ahead = True  # as on a GPU
+        warm_up(loaded, runner)
         warmed.set()
         if fails:
             raise MemoryError
 
-    monkeypatch.setattr(Gemma3, "step", counted)
-    monkeypatch.setattr(host.Host, "warm_up", watched)
+    monkeypatch.setattr(Runner, "step", counted)
+    monkeypatch.setattr(thread, "warm_up", watched)
     with g3.load(text_folder) as engine:
         assert warmed.wait(20) and steps == 1
         assert engine.generate("the", max_tokens=5, temperature=0).tokens == wanted
@@ -321,14 +320,14 @@ def test_close_does_not_wait_for_a_download(text_folder: Path, monkeypatch: pyte
 
 def test_close_stops_the_reading_of_weights(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reading, go = threading.Event(), threading.Event()
-    check = host._check_open
+    check = loading._check_open
 
     def checking(closing: Callable[[], bool]) -> None:
         reading.set()
         go.wait(20)
         check(closing)
 
-    monkeypatch.setattr(host, "_check_open", checking)
+    monkeypatch.setattr(loading, "_check_open", checking)
     engine = g3.load(text_folder, wait=False)
     assert reading.wait(20)
     threading.Timer(0.05, go.set).start()

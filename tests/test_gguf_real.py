@@ -39,7 +39,7 @@ def test_real_weights_complete_a_sentence() -> None:
         caches = model.make_caches()
         logits = [model([tokens], caches=caches, last_only=True)[:, 0]]
         for token in answer[:-1]:
-            logits.append(model.step(mx.array([token]), caches))
+            logits.append(Runner(model).step(mx.array([token]), [caches]))
         seen.append(np.concatenate([np.array(each) for each in logits]))
         assert seen[-1].argmax(axis=1).tolist() == answer
     np.testing.assert_allclose(seen[0], seen[1], rtol=0, atol=1e-3)
@@ -49,9 +49,11 @@ def test_real_weights_complete_a_sentence() -> None:
 MEMORY = """
 import sys
 import mlx.core as mx
+from mlx_gemma3.model.runner import Runner
 from mlx.utils import tree_flatten
 from mlx_gemma3.checkpoint.load import load_model
 from mlx_gemma3.checkpoint.source import resolve
+from mlx_gemma3.model.runner import Runner
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 before = status("VmRSS")
@@ -59,7 +61,7 @@ model = load_model("gemma-3-270m", dtype=sys.argv[1])
 weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 caches = model.make_caches()
 mx.eval(model([[2, 818, 5279, 529, 7001, 563]], caches=caches, last_only=True))
-mx.eval(model.step(mx.array([506]), caches))
+mx.eval(Runner(model).step(mx.array([506]), [caches]))
 print(before, status("VmRSS"), status("VmHWM"), weights)
 """
 

@@ -28,6 +28,8 @@ from mlx_gemma3.config import GLOBAL, LOCAL, Config
 from mlx_gemma3.convert import convert
 from mlx_gemma3.errors import OptionError
 from mlx_gemma3.generation.prefill import usual_chunk
+from mlx_gemma3.model.chunks import chunk_size, score_bytes
+from mlx_gemma3.model.runner import Runner
 from mlx_gemma3.model.cache import Caches, WindowCache
 from mlx_gemma3.model.gemma3 import Gemma3
 
@@ -49,12 +51,12 @@ def test_cache_bytes_are_those_of_filled_caches(dtype: mx.Dtype, kv_bits: int, l
     caches = Gemma3(config).make_caches(**bits)
     for length in (1, 39, 216, 1, 343):  # 1, 40, 256, 257, 600 tokens: window 8, step 256
         for cache in caches:
-            cache.update_and_fetch(*(mx.ones((1, 2, length, 64), dtype) for _ in range(2)))
+            cache.append(mx.ones((1, 4, length, 64), dtype))
         mx.eval(caches.arrays)
         far, near = cache_bytes(config, caches.offset, dtype_bytes=dtype.size, **bits)
         assert far + near == caches.nbytes
-        parts = [part for cache in caches if not isinstance(cache, WindowCache) for part in cache.keys.parts]
-        assert far == 2 * sum(part.nbytes for part in parts)
+        parts = [part for cache in caches if not isinstance(cache, WindowCache) for part in cache.parts]
+        assert far == sum(part.nbytes for part in parts)
 
 
 def test_4b_at_128k_has_the_promised_cache() -> None:
@@ -69,40 +71,37 @@ def test_4b_at_128k_has_the_promised_cache() -> None:
 
 def test_score_matrix_of_4b_at_128k() -> None:
     """4 GiB at chunk 2048, 1 GiB at 512; none where attention is fused, for 27B's heads of 128."""
-    assert memory.score_bytes(SIZES["4B"], FULL["4B"], 2048) == 4 * GIB
-    assert memory.score_bytes(SIZES["4B"], FULL["4B"], 512) == GIB
-    assert memory.score_bytes(SIZES["27B"], FULL["27B"], 2048) == 0
-    assert memory.score_bytes(SIZES["27B"], 1024, 512, kv_bits=8) == 32 * 1024 * 512 * 2  # nothing fused reads packed
-    assert memory.score_bytes(SIZES["27B"], 1024, 512, dtype_bytes=4, fused=False) == 32 * 1024 * 512 * 4
+    assert score_bytes(SIZES["4B"], FULL["4B"], 2048) == 4 * GIB
+    assert score_bytes(SIZES["4B"], FULL["4B"], 512) == GIB
+    assert score_bytes(SIZES["27B"], FULL["27B"], 2048) == 0
+    assert score_bytes(SIZES["27B"], 1024, 512, kv_bits=8) == 32 * 1024 * 512 * 2  # nothing fused reads packed
+    assert score_bytes(SIZES["27B"], 1024, 512, dtype_bytes=4, fused=False) == 32 * 1024 * 512 * 4
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_the_chunk_is_the_one_that_prefill_takes(size: str, dtype: mx.Dtype) -> None:
-    weight = SimpleNamespace(dtype=dtype)
-    model: Any = SimpleNamespace(
-        config=SIZES[size], language_model=SimpleNamespace(norm=SimpleNamespace(weight=weight))
-    )
+    runner: Any = SimpleNamespace(config=SIZES[size], dtype=dtype)
     for keys in (100, 4096, 32768, 131072):
-        for bits in (16, 8):
-            caches = Caches(SIZES[size], kv_bits=bits)
-            found = memory.prefill_chunk(SIZES[size], keys, kv_bits=bits, dtype_bytes=dtype.size)
-            assert found == chunk_size(model, keys, caches)
+        for bits, local in ((16, 16), (8, 16), (16, 8), (4, 4)):
+            caches = Caches(SIZES[size], kv_bits=bits, local_kv_bits=local)
+            found = chunk_size(SIZES[size], keys, kv_bits=bits, local_kv_bits=local, dtype_bytes=dtype.size)
+            assert found == usual_chunk(runner, caches, keys)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kv_bits", memory.KV_BITS)
 def test_the_chunk_keeps_the_scores_under_a_gibibyte(size: str, kv_bits: int) -> None:
     for context in (1024, 32768, FULL[size]):
-        chunk = memory.prefill_chunk(SIZES[size], context, kv_bits=kv_bits)
-        assert memory.score_bytes(SIZES[size], context, chunk, kv_bits=kv_bits) <= GIB
+        chunk = chunk_size(SIZES[size], context, kv_bits=kv_bits)
+        assert score_bytes(SIZES[size], context, chunk, kv_bits=kv_bits) <= GIB
 
 
 @pytest.mark.parametrize(("size", "kv_bits"), [("4B", 16), ("12B", 16), ("12B", 4), ("27B", 16), ("27B", 4)])
 def test_no_read_on_the_way_to_a_context_needs_more_than_the_estimate(size: str, kv_bits: int) -> None:
     config, most = SIZES[size], 0
     for tokens in range(1024, FULL[size] + 1, 1024):
-        chunk = min(tokens, memory.prefill_chunk(config, tokens, kv_bits=kv_bits))
+        chunk = min(tokens, chunk_size(config, tokens, kv_bits=kv_bits))
         most = max(most, memory.prefill_bytes(config, tokens, chunk, kv_bits=kv_bits))
         assert most <= estimate(config, 0, context=tokens, kv_bits=kv_bits).prefill < 1.1 * most
 
@@ -202,10 +201,11 @@ def test_prefill_peak_is_inside_the_estimate(text: dict[str, Any], dtype: mx.Dty
     config = tiny_config(vision=False, max_position_embeddings=4096, **text)
     model, chunk, context = in_dtype(random_model(config), dtype), 128, 512
     caches = model.make_caches()
-    model.read(np.ones((1, context - chunk), np.int32), None, caches)
+    runner = Runner(model)
+    runner.read(np.ones((1, context - chunk), np.int32), None, caches)
     mx.eval(caches.arrays)
     before = start_measuring()
-    model.read(np.ones((1, chunk), np.int32), None, caches)
+    runner.read(np.ones((1, chunk), np.int32), None, caches)
     mx.eval(caches.arrays)
     peak = mx.get_peak_memory() - before
     need = memory.prefill_bytes(config, context, chunk, dtype_bytes=dtype.size, fused=False)
@@ -322,7 +322,7 @@ def working_table() -> str:
             cells = []
             for context in (8192, 32768, 131072):
                 if context <= FULL[name]:
-                    chunk = memory.prefill_chunk(config, context, kv_bits=bits)
+                    chunk = chunk_size(config, context, kv_bits=bits)
                     cells.append(f"{gib(estimate(config, 0, context=context, kv_bits=bits).prefill)} ({chunk:,})")
                 else:
                     cells.append("–")

@@ -11,10 +11,11 @@ from random_model import IMAGE, PER_IMAGE, WINDOW, random_model, random_pictures
 
 from mlx_gemma3.errors import OptionError, PromptError
 from mlx_gemma3.generation.prefill import prefill, prefill_chunks
-from mlx_gemma3.model.cache import GlobalCache, WindowCache
+from mlx_gemma3.model.cache import GlobalCache, WindowCache, keys_and_values
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.layers import RMSNorm, gelu_tanh
 from mlx_gemma3.model.masks import attention_mask
+from mlx_gemma3.model.runner import Runner
 
 NEAR = 1e-4  # float32, logits of a few units: what another order of summation may cost
 
@@ -103,10 +104,10 @@ def test_chunked_and_cached_is_whole_and_uncached(model: Gemma3, plan: str, chun
 def test_decoding_is_the_uncached_model_far_past_the_window_and_the_cache_steps(model: Gemma3) -> None:
     ids, spans = tokens_with_pictures("tItt")
     pixels, caches = random_pictures(1), model.make_caches()
-    logits = prefill(model, ids, caches, features=list(model.encode_images(pixels)), spans=spans)
+    logits = prefill(Runner(model), ids, caches, features=list(model.encode_images(pixels)), spans=spans)
     more = np.random.default_rng(1).integers(4, 58, 120).tolist()
     for count, token in enumerate(more):
-        logits = model.step(mx.array([token]), caches)
+        logits = Runner(model).step(mx.array([token]), [caches])
         if count % 17 == 0 or count == 119:
             whole = model([ids + more[: count + 1]], pixels, last_only=True)
             assert mx.abs(logits - whole[:, -1]).max() < NEAR
@@ -116,13 +117,13 @@ def test_a_local_cache_has_a_fixed_size_and_a_global_one_grows_in_steps() -> Non
     near, far = WindowCache(8), GlobalCache()
     sizes = set()
     for length in (1, 5, 30, 1, 1, 200, 1, 300, 7):
-        block = mx.ones((1, 2, length, 4))
-        (keys,), _ = near.update_and_fetch(block, block)
+        block = mx.ones((1, 2, length, 4))  # one head, of keys and of values
+        (keys,), _ = keys_and_values(near.append(block))
         assert keys.shape[2] <= 7 + length and keys.shape[2] >= min(near.offset, 7 + length if length > 1 else 8)
-        far.update_and_fetch(block, block)
-        sizes.add(near.keys.parts[0].shape[2])
+        far.append(block)
+        sizes.add(near.parts[0].shape[2])
     assert sizes == {near.capacity} and near.capacity == 23
-    assert far.offset == 546 and far.keys.parts[0].shape[2] == 768
+    assert far.offset == 546 and far.parts[0].shape[2] == 768
 
 
 def test_a_batch_of_several_lengths_is_each_prompt_alone(model: Gemma3) -> None:
@@ -143,7 +144,7 @@ def test_a_batch_of_several_lengths_is_each_prompt_alone(model: Gemma3) -> None:
     for _ in range(20):
         token = mx.argmax(logits[:, :58], axis=-1)  # text only: the uncached run would ask for a picture
         rows = [[*row, int(t)] for row, t in zip(rows, token.tolist(), strict=True)]
-        logits = model.step(token, caches)
+        logits = model(token[:, None], caches=caches)[:, 0]
     whole = model(rows, pixels, padding=padding, last_only=True)[:, -1]
     assert mx.abs(logits - whole).max() < NEAR
 
@@ -161,22 +162,8 @@ def test_image_attention_is_bidirectional_inside_its_block_only(model: Gemma3) -
 def test_image_rows_replace_text_rows_and_are_not_scaled(model: Gemma3) -> None:
     ids, (span,) = tokens_with_pictures("tIt")
     pixels = random_pictures(1)
-    seen = {}
-
-    class Spy:
-        def __call__(self, rows: mx.array, **rest: object) -> mx.array:
-            seen["rows"] = rows
-            return decoder(rows, **rest)
-
-        embed = model.language_model.embed
-
-    decoder = model.language_model
-    model.language_model = Spy()
-    try:
-        model.read([ids], model.encode_images(pixels))
-    finally:
-        model.language_model = decoder
-    rows, text = seen["rows"][0], decoder.embed(mx.array([ids]))[0]
+    rows = model.embed([ids], model.encode_images(pixels))[0][0]
+    text = model.language_model.embed(mx.array([ids]))[0]
     assert mx.allclose(rows[span[0] : span[1]], model.encode_images(pixels)[0])
     assert mx.array_equal(rows[: span[0]], text[: span[0]]) and mx.array_equal(rows[span[1] :], text[span[1] :])
 
@@ -193,7 +180,7 @@ def test_a_step_never_reads_its_token() -> None:
     model = random_model(tiny_config())
     caches = model.make_caches()
     model([[2, 5]], caches=caches)
-    logits = model.step(mx.array([IMAGE]), caches)
+    logits = Runner(model).step(mx.array([IMAGE]), [caches])
     assert logits.shape == (1, 64) and mx.isfinite(logits).all()
 
 
@@ -243,7 +230,7 @@ def test_an_untied_head_is_used() -> None:
     tied = tiny_config(vision=False)
     config = type(tied)(**{**tied.__dict__, "tie_word_embeddings": False})
     model = random_model(config)
-    hidden = model.read([[2, 5, 9]])
+    hidden = Runner(model).read([[2, 5, 9]])
     assert mx.allclose(model([[2, 5, 9]]), hidden @ model.lm_head.weight.T, atol=1e-5)
     assert not mx.allclose(model([[2, 5, 9]]), hidden @ model.language_model.embed_tokens.weight.T, atol=1e-1)
 
@@ -253,4 +240,4 @@ def test_logits_are_float32_whatever_the_weights() -> None:
     model.set_dtype(mx.bfloat16)
     logits = model([[2, 5, 9]], last_only=True)
     assert logits.dtype == mx.float32 and logits.shape == (1, 1, 64)
-    assert model.read([[2, 5]]).dtype == mx.bfloat16 and model.config.text.sliding_window == WINDOW
+    assert Runner(model).read([[2, 5]]).dtype == mx.bfloat16 and model.config.text.sliding_window == WINDOW

@@ -21,6 +21,7 @@ from mlx_gemma3.generation.prefill import prefill, prefill_chunks
 from mlx_gemma3.generation.sampling import Sampling
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.masks import attention_mask
+from mlx_gemma3.model.runner import Runner
 
 GOLDENS = Path(__file__).parent / "goldens" / "model"
 CASES = sorted((path.parents[1].name, path.stem) for path in GOLDENS.glob("*/cases/*.npz") if "batch" not in path.stem)
@@ -126,10 +127,9 @@ def test_the_generation_loop_writes_the_reference_tokens(models: dict[str, Gemma
     size = 4  # image tokens a picture
     spans = [(n, n + size) for start, stop in case.spans for n in range(start, stop, size)]
     features = [] if case.pixels is None else list(model.encode_images(case.pixels))
-    logits = prefill(model, case.tokens, caches, features=features, spans=spans, chunk=5)
-    assert logits is not None
+    logits = prefill(Runner(model), case.tokens, caches, features=features, spans=spans, chunk=5)
     steps = len(case.generated)
-    written = list(decode(model, logits, caches, sampling=Sampling(temperature=0), max_tokens=steps))
+    written = list(decode(Runner(model), logits, caches, sampling=Sampling(temperature=0), max_tokens=steps))
     assert written == case.generated
 
 

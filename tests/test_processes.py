@@ -18,7 +18,7 @@ from endless import endless
 from worker_process import Worker
 
 from mlx_gemma3.errors import OptionError, WorkerError
-from mlx_gemma3.runtime import host
+from mlx_gemma3.runtime import loading
 from mlx_gemma3.worker import client, server
 from mlx_gemma3.worker.client import WorkerEngine
 from mlx_gemma3.worker.server import Limits, Server
@@ -193,7 +193,7 @@ def test_what_cannot_be_stopped_gets_its_last_event_all_the_same(
     """A load that is inside one long step, and a request that waits, when the input ends."""
     go = threading.Event()
     monkeypatch.setattr(server, "LEAVE_SECONDS", 0.5)
-    monkeypatch.setattr(host, "open_checkpoint", lambda *a, **k: go.wait(30))
+    monkeypatch.setattr(loading, "open_checkpoint", lambda *a, **k: go.wait(30))
     ours, theirs = os.pipe()
     events: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     with os.fdopen(ours, "rb") as source, os.fdopen(theirs, "wb", buffering=0) as sink:

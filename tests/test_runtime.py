@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -22,7 +24,7 @@ from PIL import Image
 
 import mlx_gemma3 as g3
 from mlx_gemma3.errors import CheckpointError, ClosedError, OptionError, PromptError, SourceNotFound
-from mlx_gemma3.runtime import timeline
+from mlx_gemma3.generation import batch
 from mlx_gemma3.runtime.answer import StopStrings
 
 
@@ -251,12 +253,18 @@ Says = Callable[[list[int]], None]
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch) -> Says:
     """Make every model write these ids, and then zeros."""
+    read = batch._read
 
     def says(ids: list[int]) -> None:
-        def write(*_: object, max_tokens: int, **__: object) -> Iterator[int]:
-            yield from [*ids, *[0] * max_tokens][:max_tokens]
+        count: dict[batch.Row, int] = {}
 
-        monkeypatch.setattr(timeline.Timeline, "write", write)
+        def instead(row: batch.Row, *given: Any) -> batch.Written:
+            at = count[row] = count.get(row, -1) + 1
+            written = replace(read(row, *given), token=ids[at] if at < len(ids) else 0)
+            row._last = written.token
+            return written
+
+        monkeypatch.setattr(batch, "_read", instead)
 
     return says
 

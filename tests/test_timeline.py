@@ -11,9 +11,10 @@ import pytest
 from random_model import PER_IMAGE, WINDOW, random_model, random_pictures, tiny_config, tokens_with_pictures
 
 from mlx_gemma3.errors import ContextError
+from mlx_gemma3.generation.batch import decode
 from mlx_gemma3.generation.sampling import Sampling
 from mlx_gemma3.model import cache
-from mlx_gemma3.model.gemma3 import Gemma3
+from mlx_gemma3.model.runner import Runner
 from mlx_gemma3.runtime.timeline import FeatureCache, Timeline, Tokens, digest
 
 NEAR = 1e-3
@@ -21,8 +22,8 @@ GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(scope="module")
-def model() -> Gemma3:
-    return random_model(tiny_config(max_position_embeddings=4096))
+def model() -> Runner:
+    return Runner(random_model(tiny_config(max_position_embeddings=4096)))
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def small_slack(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Talk:
     """A prompt as a list of turns, each of ids and pictures, and the timeline that reads it."""
 
-    def __init__(self, model: Gemma3, seed: int, *, snapshot_bytes: int) -> None:
+    def __init__(self, model: Runner, seed: int, *, snapshot_bytes: int) -> None:
         self.model, self.random = model, random.Random(seed)
         self.timeline = Timeline(model, model.make_caches(), snapshot_bytes=snapshot_bytes)
         self.cache = FeatureCache(1 << 30)
@@ -56,22 +57,16 @@ class Talk:
 
     def read(self, *, cancel_after: int | None = None) -> mx.array | None:
         tokens, pictures = self.prompt()
-        calls = iter(range(10**6))
-
-        def cancelled() -> bool:
-            return cancel_after is not None and next(calls) >= cancel_after
-
-        logits, _ = self.timeline.read(
-            tokens,
-            lambda n: self.cache.get(self.model, tokens.digests[n], pictures[n]),
-            chunk=self.random.choice([3, 7, 100]),
-            cancelled=cancelled,
-        )
-        return logits
+        self.timeline.open(tokens)
+        chunk, read = self.random.choice([3, 7, 100]), 0
+        while self.timeline.logits is None and read != cancel_after:
+            self.timeline.read_chunk(lambda n: self.cache.get(self.model, tokens.digests[n], pictures[n]), chunk)
+            read += 1
+        return self.timeline.logits
 
     def check(self, logits: mx.array) -> None:
         tokens, pictures = self.prompt()
-        whole = self.model([list(tokens.ids)], np.stack(pictures) if pictures else None, last_only=True)
+        whole = self.model.model([list(tokens.ids)], np.stack(pictures) if pictures else None, last_only=True)
         assert mx.abs(logits - whole[:, 0]).max() < NEAR
 
     def act(self) -> str:
@@ -107,7 +102,7 @@ class Talk:
             self.check(logits)
             if self.random.random() < 0.6:  # an answer, of which the last token need not be in the caches
                 written = []
-                for token in self.timeline.write(logits, sampling=GREEDY, max_tokens=self.random.randint(1, 12)):
+                for token in write(self.timeline, self.random.randint(1, 12)):
                     written.append(token)
                     if self.random.random() < 0.1:
                         break
@@ -116,7 +111,7 @@ class Talk:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_sequence_of_actions_gives_the_uncached_logits(model: Gemma3, seed: int) -> None:
+def test_any_sequence_of_actions_gives_the_uncached_logits(model: Runner, seed: int) -> None:
     Talk(model, seed, snapshot_bytes=[0, 30_000, 1 << 30][seed % 3]).run(6)
 
 
@@ -124,7 +119,7 @@ def test_any_sequence_of_actions_gives_the_uncached_logits(model: Gemma3, seed: 
 def test_a_thousand_sequences_give_the_uncached_logits() -> None:
     for seed in range(1000):
         if seed % 50 == 0:
-            model = random_model(tiny_config(max_position_embeddings=4096), seed=seed)
+            model = Runner(random_model(tiny_config(max_position_embeddings=4096), seed=seed))
         Talk(model, 1000 + seed, snapshot_bytes=[0, 30_000, 1 << 30][seed % 3]).run(6)
 
 
@@ -138,20 +133,32 @@ def nothing(_: int) -> mx.array:
 
 def processed(timeline: Timeline, prompt: Tokens) -> int:
     """Tokens that reading a prompt has cost."""
-    logits, reused = timeline.read(prompt, nothing)
-    assert logits is not None
+    reused = timeline.open(prompt)
+    while timeline.logits is None:
+        timeline.read_chunk(nothing)
     return timeline.caches.offset - reused
 
 
-def test_work_is_the_new_tokens_only_far_beyond_the_window(model: Gemma3) -> None:
+def write(timeline: Timeline, count: int) -> Iterator[int]:
+    """A greedy answer after the prompt that was read; what was written is kept whenever it is left."""
+    assert timeline.logits is not None
+    written: list[int] = []
+    try:
+        steps = decode(timeline.runner, timeline.logits, timeline.caches, sampling=GREEDY, max_tokens=count)
+        for token in steps:
+            written.append(token)
+            yield token
+    finally:
+        timeline.wrote(tuple(written))
+
+
+def test_work_is_the_new_tokens_only_far_beyond_the_window(model: Runner) -> None:
     timeline = Timeline(model, model.make_caches())
     prompt = text(200, 0)
     assert processed(timeline, prompt) == 200
     answer = []
     for turn in range(5):
-        logits = timeline.logits
-        assert logits is not None
-        answer = list(timeline.write(logits, sampling=GREEDY, max_tokens=30))
+        answer = list(write(timeline, 30))
         before = prompt
         prompt = prompt + Tokens(tuple(answer)) + text(10, turn)
         assert processed(timeline, prompt) == 11  # the last token written was never read
@@ -161,7 +168,7 @@ def test_work_is_the_new_tokens_only_far_beyond_the_window(model: Gemma3) -> Non
     assert processed(timeline, text(30, 7)) == 30
 
 
-def test_what_left_the_window_without_a_snapshot_is_read_again(model: Gemma3) -> None:
+def test_what_left_the_window_without_a_snapshot_is_read_again(model: Runner) -> None:
     timeline = Timeline(model, model.make_caches(), snapshot_bytes=0)
     prompt = text(100, 0)
     processed(timeline, prompt)
@@ -169,7 +176,7 @@ def test_what_left_the_window_without_a_snapshot_is_read_again(model: Gemma3) ->
     assert processed(timeline, prompt.head(50) + text(20, 1)) == 70
 
 
-def test_snapshots_stay_within_their_budget_and_the_oldest_goes_first(model: Gemma3) -> None:
+def test_snapshots_stay_within_their_budget_and_the_oldest_goes_first(model: Runner) -> None:
     timeline = Timeline(model, model.make_caches())
     prompt = text(20, 0)
     for turn in range(8):
@@ -193,7 +200,7 @@ def test_a_border_is_never_inside_an_image_block() -> None:
     assert longer.spans == ((3, 7),) and longer.head(7).spans == ((3, 7),) and not longer.head(3).spans
 
 
-def test_the_tower_runs_once_for_each_picture_and_again_after_its_rows_were_dropped(model: Gemma3) -> None:
+def test_the_tower_runs_once_for_each_picture_and_again_after_its_rows_were_dropped(model: Runner) -> None:
     rows = FeatureCache()
     views = random_pictures(3)
     for view in (views[0], views[1], views[0], views[2], views[1]):
@@ -205,27 +212,22 @@ def test_the_tower_runs_once_for_each_picture_and_again_after_its_rows_were_drop
     assert small.encoded == 3
 
 
-def test_a_prompt_too_long_is_refused_and_nothing_is_lost(model: Gemma3) -> None:
+def test_a_prompt_too_long_is_refused_and_nothing_is_lost(model: Runner) -> None:
     timeline = Timeline(model, model.make_caches())
     prompt = text(50, 0)
     processed(timeline, prompt)
     with pytest.raises(ContextError, match="61 tokens, want at most 60"):
-        timeline.read(prompt + text(11, 1), nothing, limit=60)
+        timeline.open(prompt + text(11, 1), limit=60)
     assert processed(timeline, prompt + text(5, 1)) == 5
-    logits = timeline.logits
-    assert logits is not None
-    assert len(list(timeline.write(logits, sampling=GREEDY, max_tokens=99, limit=60))) == 5
 
 
-def test_local_caches_do_not_grow_and_a_step_copies_none(model: Gemma3) -> None:
+def test_local_caches_do_not_grow_and_a_step_copies_none(model: Runner) -> None:
     timeline = Timeline(model, model.make_caches())
     processed(timeline, text(20, 0))
     sizes, peaks = set(), []
-    logits = timeline.logits
-    assert logits is not None
-    for count, _ in enumerate(timeline.write(logits, sampling=GREEDY, max_tokens=600)):
+    for count, _ in enumerate(write(timeline, 600)):
         local = [layer for layer in timeline.caches if isinstance(layer, cache.WindowCache)]
-        sizes.add(sum(part.nbytes for layer in local for part in (*layer.keys.parts, *layer.values.parts)))
+        sizes.add(sum(layer.nbytes for layer in local))
         if count in (250, 500):
             mx.synchronize()
             peaks.append(mx.get_active_memory())
@@ -244,10 +246,10 @@ def test_packed_keys_and_values_are_near_and_small(bits: int, local: int) -> Non
     want = model([ids], pixels, plain, last_only=True)
     got = model([ids], pixels, packed, last_only=True)
     for token in (5, 9, 30):
-        want, got = (model.step(mx.array([token]), caches)[:, None] for caches in (plain, packed))
+        want, got = (Runner(model).step(mx.array([token]), [caches])[:, None] for caches in (plain, packed))
     spread = mx.sqrt(mx.var(want)).item()
     error = mx.sqrt(((want - got) ** 2).mean()).item()
     assert 0 < error < {8: 0.05, 4: 0.5}[min(bits, local)] * spread  # type: ignore[operator]
     far = [index for index in range(8) if model.config.text.is_global(index)]
-    sizes = [sum(part.nbytes for part in caches[far[0]].keys.parts) for caches in (plain, packed)]
+    sizes = [caches[far[0]].nbytes for caches in (plain, packed)]
     assert sizes[1] / sizes[0] == pytest.approx({8: (1 + 8 / 64) / 4, 4: (0.5 + 8 / 64) / 4}[bits])

@@ -63,7 +63,7 @@ def prefill_chunks(length: int, spans: Spans, chunk: int) -> list[tuple[int, int
     """All chunks of a prompt: half-open ranges that cover 0 to `length`. See `chunk_end`."""
     pieces: list[tuple[int, int]] = []
     begin = 0
-    while begin < length or not pieces:
+    while begin < length:
         end = chunk_end(begin, length, spans, chunk)
         pieces.append((begin, end))
         begin = end

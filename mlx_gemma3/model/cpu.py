@@ -217,14 +217,14 @@ def written(shape: tuple[int, ...], write: Callable[[Floats], Any]) -> mx.array:
 def tower_kernels(tower: nn.Module) -> TowerKernels:
     """For this tower: its matrices arranged, one by one, as `matrix` does."""
     arranged = {
-        id(module): _with_bias(module)
+        id(module): with_bias(module)
         for _, module in tower.named_modules()
         if isinstance(module, nn.Linear | nn.QuantizedLinear | PatchConv)
     }
     return TowerKernels(lambda module, x: arranged[id(module)](x), attend_all, gelu_tanh)
 
 
-def _with_bias(module: nn.Module) -> Multiply:
+def with_bias(module: nn.Module) -> Multiply:
     """What calling the module computes; a convolution over patches side by side is a matrix."""
     if isinstance(module, PatchConv):
         return _patches(module)

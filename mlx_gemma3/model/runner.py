@@ -20,6 +20,8 @@ from .fused import FusedDecoder, Kernels, Matrix, gpu_kernels
 from .gemma3 import Gemma3
 from .vision import PLAIN, TowerKernels
 
+_PADDED = "a padded batch is read by calls of the model"
+
 
 class Runner:
     """Runs the plain modules, or with `kernels` the fused decoder (fused.py). Logits are the same within rounding."""
@@ -71,9 +73,9 @@ class Runner:
         Raises:
             PromptError: see Gemma3.
         """
+        assert caches is None or caches.padding is None, _PADDED
         rows, blocks = self.model.embed(tokens, features, caches)
-        padding = caches.padding if caches is not None else None
-        return self._decoder(rows, Chunk(rows.shape[1], caches, blocks, padding), last_only=last_only)
+        return self._decoder(rows, Chunk(rows.shape[1], caches, blocks), last_only=last_only)
 
     def step(self, tokens: mx.array, rows: Sequence[Caches]) -> mx.array:
         """One decoded token of each sequence: (B,) int32 → (B, V) float32. Never reads the tokens on the host.
@@ -90,7 +92,7 @@ class Runner:
             self._head = self._kernels.matrix(embedding)
             self._widen_at_step = False
         for caches in rows:
-            assert caches.padding is None, "a padded batch is read by calls of the model"
+            assert caches.padding is None, _PADDED
             caches.ends_in_image = False
         hidden = self.model.language_model.embed(tokens[:, None])
         return self.head(self._decoder(hidden, Step(rows)))[:, 0]
