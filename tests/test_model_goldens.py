@@ -246,7 +246,7 @@ def test_a_wrong_mask_would_be_caught(
     models: dict[str, Gemma3], monkeypatch: pytest.MonkeyPatch, mistake: str, name: str
 ) -> None:
     case = load_case("image", name)
-    monkeypatch.setattr(mlx_gemma3.model.text, "attention_mask", MISTAKES[mistake][0])
+    monkeypatch.setattr(mlx_gemma3.model.context, "attention_mask", MISTAKES[mistake][0])
     assert difference(whole(models["image"], case), case.logits) > 500 * TOLERANCE
 
 
