@@ -30,8 +30,8 @@ from mlx.utils import tree_flatten
 import mlx_gemma3
 from mlx_gemma3.checkpoint.tensors import canonical_name
 from mlx_gemma3.convert.converter import convert
-from mlx_gemma3.measure.evaluate import Opened, evaluate, open_model, read_text
 from mlx_gemma3.convert.recipe import PRESETS
+from mlx_gemma3.measure.evaluate import Opened, evaluate, open_model, read_text
 from mlx_gemma3.measure.scores import Scores
 from mlx_gemma3.model.gemma3 import Gemma3
 

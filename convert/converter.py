@@ -27,10 +27,10 @@ from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.checkpoint.store import open_store
 from mlx_gemma3.checkpoint.tensors import PATCH_WEIGHT
 from mlx_gemma3.errors import OptionError
+from mlx_gemma3.measure.evaluate import evaluate, text_ids
 from mlx_gemma3.visible import visible
 
 from .card import write_card
-from mlx_gemma3.measure.evaluate import evaluate, text_ids
 from .layout import config_json, published_name
 from .output import check_apart, check_free, new_folder, place
 from .packing import pack

@@ -1,4 +1,4 @@
-"""Several sequences in one forward pass: each is what it would be alone, whoever joins, leaves or goes back beside it."""
+"""Several sequences in one forward pass: each is what it would be alone, whoever joins or leaves beside it."""
 
 from __future__ import annotations
 

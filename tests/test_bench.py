@@ -28,11 +28,11 @@ from mlx_gemma3.errors import Gemma3Error, OptionError, OutputError
 from mlx_gemma3.generation.batch import decode
 from mlx_gemma3.generation.prefill import prefill
 from mlx_gemma3.generation.sampling import Sampling
-from mlx_gemma3.model.cache import Caches
-from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.measure import benchmark, roofline
 from mlx_gemma3.measure.benchmark import Plan, measure, measure_decoding, random_ids
 from mlx_gemma3.measure.roofline import Bandwidth, published, step_kv_bytes, step_weight_bytes
+from mlx_gemma3.model.cache import Caches
+from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.runner import Runner, on_device
 
 Run = Callable[..., str]

@@ -24,7 +24,7 @@ from mlx_gemma3.commands.talk.input import Completions
 from mlx_gemma3.commands.talk.lines import Command, Said, paths, read
 from mlx_gemma3.commands.talk.live import Live
 from mlx_gemma3.commands.talk.markdown import THEME, Writer, rendered
-from mlx_gemma3.commands.talk.settings import KINDS, Settings
+from mlx_gemma3.commands.talk.settings import NAMES, Settings
 from mlx_gemma3.errors import OptionError, OutputError
 from mlx_gemma3.runtime.options import Options
 
@@ -193,7 +193,12 @@ def test_an_answer_cannot_drive_the_terminal() -> None:
 
 
 def test_every_option_of_an_answer_can_be_set() -> None:
-    assert set(KINDS) == {field.name for field in fields(Options)} - {"system", "raw", "continue_final_message"}
+    assert set(NAMES) == {field.name for field in fields(Options)} - {
+        "system",
+        "raw",
+        "continue_final_message",
+        "logprobs",
+    }
 
 
 def test_settings_take_what_was_typed() -> None:

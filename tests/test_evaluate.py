@@ -18,11 +18,11 @@ import tiny_tokenizer
 from PIL import Image
 
 import mlx_gemma3 as g3
+from mlx_gemma3.errors import Gemma3Error, OptionError, OutputError, PromptError, TokenizerError
 from mlx_gemma3.measure import evaluate as module
 from mlx_gemma3.measure import plot as drawing
 from mlx_gemma3.measure.evaluate import Opened, evaluate, open_model, read_text, slice_scores
 from mlx_gemma3.measure.scores import Distance, Evaluation, Scores
-from mlx_gemma3.errors import Gemma3Error, OptionError, OutputError, PromptError, TokenizerError
 from mlx_gemma3.prompt.vocabulary import CONTROL_NAMES, Vocabulary
 
 COMMAND = [sys.executable, "-W", "error", "-m", "mlx_gemma3.cli", "evaluate"]

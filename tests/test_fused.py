@@ -19,9 +19,9 @@ from random_model import WINDOW, random_model, random_pictures, tiny_config, tok
 
 from mlx_gemma3.model import cpu
 from mlx_gemma3.model.attention import attend, attend_all, attend_all_padded
+from mlx_gemma3.model.fused import Kernels, gelu_times, gpu_kernels
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.layers import PatchConv, gelu_tanh
-from mlx_gemma3.model.fused import Kernels, gelu_times, gpu_kernels
 from mlx_gemma3.model.runner import Runner, on_device
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}  # widths that pack in groups of 32
@@ -136,6 +136,7 @@ def test_nothing_is_held_twice(kind: str) -> None:
     runner = on_device(model)
     mx.synchronize()
     mx.clear_cache()
+    assert runner.model is model
     norms = sum(array.nbytes for name, array in tree_flatten(model.parameters()) if "norm" in name)
     rounding = 20_000  # of buffers to whole pages
     assert (
@@ -145,7 +146,9 @@ def test_nothing_is_held_twice(kind: str) -> None:
     )
 
 
-def test_a_decoded_token_takes_at_most_17_kernels_a_layer_and_3_for_each_other_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_step_takes_17_kernels_a_layer_and_at_most_3_for_each_other_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Counted in the graph. MLX's fast operations are one kernel each on a GPU: here one primitive stands for each,
     which is not fused with its neighbours either.
     """

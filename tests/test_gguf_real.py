@@ -16,6 +16,7 @@ import tiny_gguf
 from mlx_gemma3.checkpoint.gguf import GGUFStore
 from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
 from mlx_gemma3.checkpoint.source import resolve
+from mlx_gemma3.model.runner import Runner
 
 pytestmark = [
     pytest.mark.slow,

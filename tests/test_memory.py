@@ -28,10 +28,10 @@ from mlx_gemma3.config import GLOBAL, LOCAL, Config
 from mlx_gemma3.convert import convert
 from mlx_gemma3.errors import OptionError
 from mlx_gemma3.generation.prefill import usual_chunk
-from mlx_gemma3.model.chunks import chunk_size, score_bytes
-from mlx_gemma3.model.runner import Runner
 from mlx_gemma3.model.cache import Caches, WindowCache
+from mlx_gemma3.model.chunks import chunk_size, score_bytes
 from mlx_gemma3.model.gemma3 import Gemma3
+from mlx_gemma3.model.runner import Runner
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "memory.md"
 FULL = {name: config.text.max_position_embeddings for name, config in SIZES.items()}

@@ -199,7 +199,11 @@ def test_logprobs_are_of_the_model_before_its_settings(base: g3.Engine) -> None:
         while (event := stream.next())["kind"] != "text":
             pass
         reply = stream.reply
-    assert event["logprobs"] == (reply.logprobs or [])[: len(event["tokens"])] and reply.logprobs is not None and len(reply.logprobs) == len(reply.tokens) == 8
+    assert (
+        event["logprobs"] == (reply.logprobs or [])[: len(event["tokens"])]
+        and reply.logprobs is not None
+        and len(reply.logprobs) == len(reply.tokens) == 8
+    )
     for token, one in zip(reply.tokens, reply.logprobs, strict=True):
         assert one["token"] == token and one["logprob"] <= 0 and len(one["top"]) == 3
         assert [each["logprob"] for each in one["top"]] == sorted((e["logprob"] for e in one["top"]), reverse=True)
@@ -283,9 +287,7 @@ def _watching(write: Any, seen: list[int]) -> Any:
 @pytest.mark.parametrize(
     ("threads", "requests"), [(8, 5), pytest.param(64, 10, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-def test_threads_that_cancel_and_close_at_random_all_see_an_end(
-    text_folder: Path, threads: int, requests: int
-) -> None:
+def test_threads_that_cancel_and_close_at_random_all_see_an_end(text_folder: Path, threads: int, requests: int) -> None:
     ends: list[str] = []
     with g3.load(text_folder) as engine:
         wanted = {n: engine.generate(f"the {n}", max_tokens=12, **GREEDY).tokens for n in range(5)}

@@ -1,1 +1,1 @@
-"""From a name to a model: local files, tensors under the model's names, the loaded Gemma 3."""
+"""From a name to a model: local files, the Hub, GGUF; weights under the model's names; how much memory they need."""

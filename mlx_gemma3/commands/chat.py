@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import Gemma3Error, OptionError, PromptError
 from ..writing import check_writable
+from .answers import answering
 from .streams import OutputLost, was_closed
 from .terminal import leave, own
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _ENDS = (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
 
 
+@answering(talk=True)
 def chat(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Alias, folder, owner/name on the Hub, or .gguf file.")
@@ -46,29 +48,8 @@ def chat(
         Path | None,
         typer.Option(help="Go on with the conversation in this file, and keep it there.", show_default=False),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the likeliest token.", show_default="the checkpoint's, else 1")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw from the k likeliest; 0 is off.", show_default="the checkpoint's, else 64")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from this share; 1 is off.", show_default="the checkpoint's, else 0.95")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Least share of the best; 0 is off.", show_default="the checkpoint's, else 0")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1 repeats less.", show_default="the checkpoint's, else 1")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.", show_default=False)] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends the answer; give it again for more.", show_default=False)
-    ] = None,
-    pan_and_scan: Annotated[
-        bool, typer.Option("--pan-and-scan", help="Show wide and tall pictures in crops too.")
-    ] = False,
+    *,
+    options: dict[str, Any],
     text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 16, 8 or 4.")] = 16,
@@ -85,19 +66,7 @@ def chat(
     from .talk.settings import Settings
     from .talk.talk import Talk
 
-    settings = Settings(
-        {
-            "pan_and_scan": pan_and_scan,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "stop": stop or [],
-        }
-    )
+    settings = Settings(options)
     if was_closed(0):
         raise PromptError("standard input", got="a closed one", want="questions")
     if image and text_only:

@@ -14,15 +14,16 @@ import typer
 
 from ..errors import OptionError, PromptError
 from ..writing import check_writable
+from .answers import answering
 from .streams import WAIT, OutputLost, Piped
 from .terminal import Pace, Status, answer, emit, leave, print_notes, tell
 
 if TYPE_CHECKING:
     from ..runtime.events import Event, Usage
-    from ..runtime.options import OptionValues
     from ..runtime.stream import Stream
 
 
+@answering(talk=False)
 def generate(
     prompt: Annotated[
         str | None,
@@ -45,33 +46,12 @@ def generate(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="Said before the first turn.", show_default=False)] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the likeliest token.", show_default="the checkpoint's, else 1")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw from the k likeliest; 0 is off.", show_default="the checkpoint's, else 64")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from this share; 1 is off.", show_default="the checkpoint's, else 0.95")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Least share of the best; 0 is off.", show_default="the checkpoint's, else 0")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1 repeats less.", show_default="the checkpoint's, else 1")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.", show_default=False)] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends the answer; give it again for more.", show_default=False)
-    ] = None,
+    *,
+    options: dict[str, Any],
     prefill: Annotated[
         str | None, typer.Option(help="The answer begins with this, and the model goes on.", show_default=False)
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Complete the text: no chat template.")] = False,
-    pan_and_scan: Annotated[
-        bool, typer.Option("--pan-and-scan", help="Show wide and tall pictures in crops too.")
-    ] = False,
     session: Annotated[
         Path | None,
         typer.Option(help="Go on with the conversation in this file, and keep it there.", show_default=False),
@@ -94,6 +74,8 @@ def generate(
     message = _with_pictures(prompt or "", images, raw=raw)
     if images and text_only:
         raise OptionError("--image", got="--text-only as well", want="one or the other")
+    if options["logprobs"] is not None and not as_json:
+        raise OptionError("--logprobs", got="no --json", want="both", do="an answer as text does not show them")
     if prefill is not None and (raw or session is not None):
         other = "--raw" if raw else "--session"
         raise OptionError("--prefill", got=f"{other} as well", want="one or the other")
@@ -130,17 +112,6 @@ def generate(
         print_notes(engine.about["notes"], quiet=quiet)
         if prompt and piped is not None and (text := _read(piped, quiet=quiet)):
             message = _append(message, text)
-        options: OptionValues = {
-            "pan_and_scan": pan_and_scan,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "stop": stop or [],
-        }
         if session is None:
             options |= {"system": system, "raw": raw or None, "continue_final_message": prefill is not None}
             begun = message if prefill is None else _begun(message, len(images), prefill)

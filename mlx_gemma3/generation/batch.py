@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
 from ..model.cache import Caches
 from ..model.runner import Runner
@@ -48,7 +47,7 @@ class Batch:
         self.rows: list[Row] = []
 
     def join(self, row: Row, logits: mx.array) -> None:
-        """Add a row that may write a token at least; the first is chosen from (1, V) float32 logits after its prompt."""
+        """Add a row that may write at least a token; the first comes from (1, V) float32 logits after its prompt."""
         _choose([row], logits)
         self.rows.append(row)
 

@@ -58,7 +58,10 @@ class Chooser:
         self._allowed: NDArray[np.uint32] | None = None
         self._counts_needed = bool(sampling.presence_penalty or sampling.frequency_penalty)
         self.adjusts = (
-            sampling.repetition_penalty != 1 or self._counts_needed or bool(sampling.logit_bias) or constraint is not None
+            sampling.repetition_penalty != 1
+            or self._counts_needed
+            or bool(sampling.logit_bias)
+            or constraint is not None
         )
         self.look_up()
 

@@ -2,7 +2,7 @@
 
 The order of the filters and their borders are those of transformers 5.23 (generation/logits_process.py):
 repetition penalty, temperature, top-k, top-p, min-p. Presence and frequency penalties and biases come after the
-repetition penalty, as in OpenAI's API they are added to the logits. choice.py applies all of them, sequence by sequence.
+repetition penalty: they are added to the logits, as in OpenAI's API. choice.py applies all, sequence by sequence.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ class Sampling:
         most = self.logprobs
         _check(most is None or 0 <= most <= MOST_LOGPROBS, "logprobs", most, f"0 to {MOST_LOGPROBS}")
         _check(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "a whole number from 0 to 2**64 - 1")
-
 
     @property
     def greedy(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -333,4 +333,3 @@ def random_ids(runner: Runner, length: int, batch: int = 1) -> np.ndarray:
     """(B, L) int32, no image tokens among them: those need pictures."""
     ids = np.random.default_rng(length).integers(0, runner.config.text.vocab_size, (batch, length))
     return np.where(ids == runner.config.image_token_id, 0, ids).astype(np.int32)
-

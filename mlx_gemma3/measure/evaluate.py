@@ -28,7 +28,6 @@ from ..model.runner import Runner, on_device
 from ..prompt.processor import Processor, Prompt
 from ..prompt.tokenizer import Tokenizer
 from ..prompt.vocabulary import END_OF_TURN, START_OF_IMAGE
-
 from .scores import Distance, Evaluation, Scores
 
 if TYPE_CHECKING:
@@ -269,7 +268,9 @@ class _Tally:
         """
         ids = np.array([tokens], dtype=np.int32)
         caches = [runner.make_caches() for runner in self.runners]
-        features = [runner.encode_images(pixels) if pixels is not None else None for runner in self.runners]  # (N, T, D)
+        features = [
+            runner.encode_images(pixels) if pixels is not None else None for runner in self.runners
+        ]  # (N, T, D)
         for begin, end in prefill_chunks(len(tokens), spans, CHUNK):
             inside = [n for n, (start, stop) in enumerate(spans) if begin <= start and stop <= end]
             rows = []

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from ..errors import OptionError, OutputError
 from ..writing import refusal, replacing
-
 from .scores import Evaluation
 
 if TYPE_CHECKING:

@@ -267,7 +267,9 @@ class Caches:
                 for number, count in enumerate(counts)
             )
             self.snapshots = [Snapshot(position, held, state.arrays.get("border.logits"))]
-        mx.eval(self.arrays, [part for snapshot in self.snapshots for held in snapshot.layers if held for part in held[1]])
+        mx.eval(
+            self.arrays, [part for snapshot in self.snapshots for held in snapshot.layers if held for part in held[1]]
+        )
 
     def take_snapshot(self, logits: mx.array | None = None, *, budget: int) -> None:
         """Remember this position. The oldest snapshots are dropped until all of them fit into `budget` bytes."""

@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from . import attention
 from .cache import Rows
-from .layers import PatchConv
 from .fused import Kernels
+from .layers import PatchConv
 from .streams import cpu_streams
 from .vision import TowerKernels
 
@@ -80,7 +80,7 @@ def matmul(x: mx.array, rows: MatrixRows, count: int, step: int) -> mx.array:
     room = np.empty((step, x.shape[-1]), np.float32)
 
     vectors = len(left) <= LONE_ROWS or (len(left) <= FEW_ROWS and count * x.shape[-1] > LARGE)
-    step = step or (min(count, max(1, BLOCK // x.shape[-1])) if 1 < len(left) and vectors else count)
+    step = step or (min(count, max(1, BLOCK // x.shape[-1])) if len(left) > 1 and vectors else count)
 
     def write(out: Floats) -> None:
         for start in range(0, count, step):

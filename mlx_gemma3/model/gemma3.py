@@ -130,7 +130,9 @@ class Gemma3(nn.Module):
         One picture after another: the score matrix of one is already patches² a head.
         """
         pixels = mx.array(pixels)
-        rows = [self.multi_modal_projector(self.vision_tower(pixels[n : n + 1], kernels)) for n in range(pixels.shape[0])]
+        rows = [
+            self.multi_modal_projector(self.vision_tower(pixels[n : n + 1], kernels)) for n in range(pixels.shape[0])
+        ]
         return mx.concatenate(rows)
 
     def _check_pixels(self, pixels: mx.array | np.ndarray | None) -> None:

@@ -1,7 +1,7 @@
 """A model on a device: what generation calls. gemma3.py is the rule; tests hold a runner equal to it.
 
-    prompt  ─ read ─ hidden ─ head ─ logits          a chunk of one sequence, into its caches
-    tokens  ─ step ─ logits                          one token of each of several sequences, each into its own caches
+prompt  ─ read ─ hidden ─ head ─ logits          a chunk of one sequence, into its caches
+tokens  ─ step ─ logits                          one token of each of several sequences, each into its own caches
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Runner:
         self.dtype: mx.Dtype = model.language_model.norm.weight.dtype  # of the activations
         self.ahead = kernels is None or kernels.ahead  # a step may be issued before the one before is read
         self._kernels, self._tower = kernels, tower
-        self._decoder = model.language_model if kernels is None else FusedDecoder(model.language_model, kernels, between)
+        self._decoder = (
+            model.language_model if kernels is None else FusedDecoder(model.language_model, kernels, between)
+        )
         self._head: Matrix = None
         # load_model(late_embedding=True): widening it is worth its time when a second token is asked for, not before.
         self._widen_at_step = False
         if kernels is not None:
             embedding, tied = model.language_model.embed_tokens, model.config.tie_word_embeddings
             self._head = kernels.matrix(embedding if tied else model.lm_head)
-            self._widen_at_step = (
-                tied and isinstance(embedding, nn.Embedding) and embedding.weight.dtype != self.dtype
-            )
+            self._widen_at_step = tied and isinstance(embedding, nn.Embedding) and embedding.weight.dtype != self.dtype
             mx.eval(model.parameters())
 
     def make_caches(self, *, kv_bits: int = 16, local_kv_bits: int = 16) -> Caches:

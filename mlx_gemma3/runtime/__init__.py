@@ -1,1 +1,1 @@
-"""From words to words. Reading order: engine.py (the one MLX thread), session.py (one timeline), options.py."""
+"""The engine: one thread that writes several answers at once, and conversations. See docs/architecture.md."""

@@ -14,8 +14,7 @@ from ..errors import Gemma3Error
 from ..generation.batch import Row, Written
 from .answer import Answer
 from .events import DoneEvent, Usage, no_usage
-from .prompts import Prepared
-from .request import Request
+from .request import Prepared, Request
 from .timeline import Timeline, Tokens
 
 Encode = Callable[[str, NDArray[np.float32] | None], mx.array]  # digest and pixels to (T, D) features

@@ -1,18 +1,24 @@
-"""What a caller may set for one answer, checked in one place before any work is done."""
+"""What a caller may set for one answer: each setting stands here once, with its kind, its range and its words.
+
+The keyword arguments of an engine, the flags of the commands, `/set` of the chat and the worker's schema are made of
+it. Knows no MLX when it is imported: the commands read it to show their help.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..arguments import argument, described
 from ..errors import OptionError
-from ..generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from ..generation.sampling import Sampling
 
 
 class OptionValues(TypedDict, total=False):
-    """The keyword arguments of `Engine.generate` and `Engine.stream`: the fields of Options."""
+    """The keyword arguments of `Engine.generate` and `Engine.stream`: for type checkers; a test holds it to Options."""
 
     system: str | None
     raw: bool | None
@@ -32,6 +38,31 @@ class OptionValues(TypedDict, total=False):
     logprobs: int | None
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How an option is asked for."""
+
+    kind: str  # of arguments.KINDS
+    help: str
+    usual: float | None = None  # where neither the caller nor generation_config.json says anything
+    low: float | None = None
+    high: float | None = None
+    flag: bool = True  # a flag of `generate`
+    talk: bool = True  # a flag of `chat` and its /set; else it belongs to a whole request
+    saved: bool = False  # generation_config.json may say it
+    sampling: bool = False  # a field of generation.Sampling
+
+
+def _set(default: Any, kind: str, help: str, **more: Any) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"setting": Setting(kind, help, **more)})
+    return field(default=default, metadata={"setting": Setting(kind, help, **more)})
+
+
+_REQUEST = {"flag": False, "talk": False}  # the commands ask for it in ways of their own
+_SAVED = {"saved": True, "sampling": True}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Settings of one answer. None is the default; for sampling, the checkpoint's own (generation_config.json).
@@ -40,28 +71,41 @@ class Options:
         OptionError: a value of a wrong type or out of its range.
     """
 
-    system: str | None = None  # said before the first user turn
-    raw: bool | None = None  # True: complete the text, no chat template; None: as the checkpoint was trained
-    pan_and_scan: bool = False  # wide and tall pictures are also shown in crops
-    continue_final_message: bool = False  # of messages: the answer goes on with the last one
-    max_tokens: int = 1024
-    stop: Sequence[str] = ()  # strings that end the answer, themselves left out; names of control tokens mean those too
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these token ids
-    seed: int | None = None
-    logprobs: int | None = None  # tell the log-probability of each token, and of so many of the likeliest ones
+    system: str | None = _set(None, "text", "Said before the first turn.", **_REQUEST)
+    raw: bool | None = _set(None, "switch", "Complete the text: no chat template.", **_REQUEST)
+    pan_and_scan: bool = _set(False, "switch", "Show wide and tall pictures in crops too.")
+    continue_final_message: bool = _set(False, "switch", "The answer goes on with the last message.", **_REQUEST)
+    max_tokens: int = _set(1024, "whole", "Longest answer, in tokens.", low=1)
+    temperature: float | None = _set(None, "number", "0 always takes the likeliest token.", usual=1, low=0, **_SAVED)
+    top_k: int | None = _set(None, "whole", "Draw from the k likeliest; 0 is off.", usual=64, low=0, **_SAVED)
+    top_p: float | None = _set(None, "number", "Draw from this share; 1 is off.", usual=0.95, low=0, high=1, **_SAVED)
+    min_p: float | None = _set(None, "number", "Least share of the best; 0 is off.", usual=0, low=0, high=1, **_SAVED)
+    repetition_penalty: float | None = _set(None, "number", "Above 1 repeats less.", usual=1, low=0, **_SAVED)
+    presence_penalty: float | None = _set(
+        None, "number", "Taken from the logits of what the answer has.", usual=0, low=-2, high=2, sampling=True
+    )
+    frequency_penalty: float | None = _set(
+        None, "number", "The same for each time that it has it.", usual=0, low=-2, high=2, sampling=True
+    )
+    logit_bias: Mapping[int, float] = _set(
+        {}, "biases", "Added to the logit of a token, as ID=NUMBER; again for more.", low=-100, high=100, sampling=True
+    )
+    seed: int | None = _set(None, "whole", "The same seed, the same answer.", low=0, sampling=True)
+    # Strings that end the answer, themselves left out; names of control tokens mean those too.
+    stop: Sequence[str] = _set((), "texts", "Text that ends the answer; give it again for more.")
+    logprobs: int | None = _set(
+        None,
+        "whole",
+        "With --json: log-probabilities of each token and of so many of the likeliest.",
+        low=0,
+        high=20,
+        talk=False,
+        sampling=True,
+    )
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            default = {} if one.name == "logit_bias" else one.default
-            value = argument(one.name, getattr(self, one.name), _KINDS[one.name], default)
-            object.__setattr__(self, one.name, value)
+        for name, setting in SETTINGS.items():
+            object.__setattr__(self, name, argument(name, getattr(self, name), setting.kind, default_of(name)))
         if self.max_tokens < 1:
             raise OptionError("max_tokens", got=described(self.max_tokens), want="a whole number >= 1")
         if not all(self.stop):
@@ -75,40 +119,49 @@ class Options:
         Raises:
             OptionError: an unknown name, or a value outside its range.
         """
-        known = [one.name for one in fields(cls)]
         for name in values:
-            if name not in known:
-                raise OptionError(f"option {name}", got="an unknown name", want=", ".join(known))
+            if name not in SETTINGS:
+                raise OptionError(f"option {name}", got="an unknown name", want=", ".join(SETTINGS))
         return cls(**values)
 
     def sampling(self, defaults: Mapping[str, Any]) -> Sampling:
         """What was asked for, else what generation_config.json says, else Gemma 3's published defaults."""
-        values = {name: defaults[name] for name in _SAMPLING if defaults.get(name) is not None}
+        from ..generation.sampling import Sampling
+
+        values = {
+            name: defaults[name]
+            for name, setting in SETTINGS.items()
+            if setting.saved and defaults.get(name) is not None
+        }
         if defaults.get("do_sample") is False:
             values["temperature"] = 0.0
-        asked = {name: getattr(self, name) for name in _SAMPLING}
+        asked = {name: getattr(self, name) for name, setting in SETTINGS.items() if setting.sampling}
         values |= {name: value for name, value in asked.items() if value is not None}
-        own = {name: getattr(self, name) for name in _OWN if getattr(self, name) is not None}
-        return Sampling(**values, **own)
+        return Sampling(**values)
 
 
-_KINDS = {  # of arguments.KINDS
-    "system": "text",
-    "raw": "switch",
-    "pan_and_scan": "switch",
-    "continue_final_message": "switch",
-    "max_tokens": "whole",
-    "stop": "texts",
-    "temperature": "number",
-    "top_k": "whole",
-    "top_p": "number",
-    "min_p": "number",
-    "repetition_penalty": "number",
-    "presence_penalty": "number",
-    "frequency_penalty": "number",
-    "logit_bias": "biases",
-    "seed": "whole",
-    "logprobs": "whole",
-}
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_OWN = ("presence_penalty", "frequency_penalty", "logit_bias", "seed", "logprobs")  # no generation_config.json has them
+_FIELDS: Mapping[str, Field[Any]] = {one.name: one for one in fields(Options)}
+SETTINGS: Mapping[str, Setting] = {name: one.metadata["setting"] for name, one in _FIELDS.items()}
+
+
+def default_of(name: str) -> Any:
+    """What an option is when nobody says anything: None where the checkpoint decides."""
+    return {} if SETTINGS[name].kind == "biases" else _FIELDS[name].default
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    """An option as JSON Schema has it, for docs/worker.schema.json."""
+    setting = SETTINGS[name]
+    text = {"type": "string", "minLength": 1}
+    if setting.kind == "texts":
+        return {"description": setting.help, "anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": text}]}
+    bounds = {"minimum": setting.low, "maximum": setting.high}
+    limits = {key: value for key, value in bounds.items() if value is not None}
+    if setting.kind == "biases":
+        return {
+            "description": "A number for each token id.",
+            "type": ["object", "null"],
+            "additionalProperties": {"type": "number", **limits},
+        }
+    types = {"text": "string", "switch": "boolean", "whole": "integer", "number": "number"}
+    return {"description": setting.help, "type": [types[setting.kind], "null"], **limits}

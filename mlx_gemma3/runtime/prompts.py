@@ -5,31 +5,18 @@ Runs in any thread, beside the engine's: pictures are fetched and decoded here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import OptionError, PromptError
 from ..prompt import messages as written
 from .loaded import Loaded
 from .options import Options
-from .request import Request
+from .request import Prepared, Request
 from .stream import Messages, Picture
 from .timeline import Tokens, digest
 
 Progress = Callable[[Any, int, int], None]  # events.Stage, done, in all
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prompt, or one turn of a conversation, as the model reads it."""
-
-    tokens: Tokens
-    pixels: Mapping[str, NDArray[np.float32]]  # (S, S, 3) by digest
-    images: int  # pictures as people count them: crops are not
 
 
 def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared:
@@ -51,9 +38,7 @@ def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared:
     return processed(loaded, prompt, request.images, options, progress)
 
 
-def said(
-    loaded: Loaded, prompt: str | Messages, images: list[Picture], options: Options
-) -> str | Messages:
+def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options: Options) -> str | Messages:
     """A text to complete as it is; anything else as messages.
 
     Raises:
@@ -67,9 +52,7 @@ def said(
                 raise OptionError("system", got="a text", want="none", do="completion has no turns")
             return prompt
         pictures = [{"type": "image"} for _ in images]
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}
-        ]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
     else:
         if options.raw:
             raise PromptError("prompt", got="messages", want="a string", do="completion has no turns")

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..generation.choice import Constraint
 from .options import Options
 from .stream import Channel, Messages, Picture
+from .timeline import Tokens
 
 if TYPE_CHECKING:
     from .conversation import Conversation
-    from .prompts import Prepared
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt, or one turn of a conversation, as the model reads it."""
+
+    tokens: Tokens
+    pixels: Mapping[str, NDArray[np.float32]]  # (S, S, 3) by digest
+    images: int  # pictures as people count them: crops are not
 
 
 class Request(Channel):

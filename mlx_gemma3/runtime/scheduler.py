@@ -34,8 +34,7 @@ from .finite import check_finite
 from .job import Job, done_event
 from .loaded import Loaded
 from .pool import Pool
-from .prompts import Prepared, check_turn, end_ids, prepare
-from .request import Request
+from .prompts import check_turn, end_ids, prepare
 from .timeline import FeatureCache, Timeline, Tokens
 
 STEPS_A_CHUNK = 4  # a chunk takes as long as so many steps of those that write meanwhile
@@ -60,9 +59,7 @@ class Call:
 class Scheduler:
     """Everything that is in work. Only for the engine's thread, but for `loaded`."""
 
-    def __init__(
-        self, loaded: Loaded, runner: Runner, budget: int, send: Callable[[Callable[[], None]], None]
-    ) -> None:
+    def __init__(self, loaded: Loaded, runner: Runner, budget: int, send: Callable[[Callable[[], None]], None]) -> None:
         """
         Args:
             budget: bytes that weights, caches and work may take together.

@@ -117,11 +117,11 @@ class Identity:
 class Timeline:
     """The tokens in one set of caches. Belongs to one reader at a time.
 
-        position = timeline.open(prompt)            # rewinds to what is shared
-        while timeline.logits is None:
-            timeline.read_chunk(features)
-        …                                           # an answer is written into `caches`
-        timeline.wrote(ids)
+    position = timeline.open(prompt)            # rewinds to what is shared
+    while timeline.logits is None:
+        timeline.read_chunk(features)
+    …                                           # an answer is written into `caches`
+    timeline.wrote(ids)
     """
 
     def __init__(
@@ -139,9 +139,7 @@ class Timeline:
 
     def fork(self) -> Timeline:
         """The same once more; keys and values are shared until one of the two writes."""
-        other = Timeline(
-            self.runner, self.caches.fork(), identity=self.identity, snapshot_bytes=self.snapshot_bytes
-        )
+        other = Timeline(self.runner, self.caches.fork(), identity=self.identity, snapshot_bytes=self.snapshot_bytes)
         other.tokens, other.logits = self.tokens, self.logits
         return other
 
@@ -203,9 +201,7 @@ class Timeline:
         begin, end = self.next_chunk(most)
         prompt = self._prompt
         pictures = [features(number) for number in self.pictures(begin, end)]
-        logits = read_chunk(
-            self.runner, prompt.ids[begin:end], self.caches, pictures, last=end == len(prompt)
-        )
+        logits = read_chunk(self.runner, prompt.ids[begin:end], self.caches, pictures, last=end == len(prompt))
         self.tokens, self.logits = prompt.head(end), logits
         if logits is not None:
             self.caches.take_snapshot(logits, budget=self.snapshot_bytes)

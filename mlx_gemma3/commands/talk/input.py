@@ -27,7 +27,7 @@ from .history import private_history
 from .keyboard import Keyboard
 from .lines import SUFFIXES
 from .loading import Loading
-from .settings import KINDS
+from .settings import NAMES
 from .verbs import VERBS
 
 _STYLE = Style.from_dict(
@@ -177,7 +177,7 @@ class Completions(Completer):
             return
         kind = next((verb.completes for verb in VERBS if verb.name == name), "")
         if kind == "settings" and " " not in rest:
-            yield from (Completion(f"{setting} ", -len(rest)) for setting in KINDS if setting.startswith(rest))
+            yield from (Completion(f"{setting} ", -len(rest)) for setting in NAMES if setting.startswith(rest))
         elif kind in ("pictures", "files") and (match := _FRAGMENT.search(rest)):
             yield from completed_paths(match[0], pictures=kind == "pictures")
 

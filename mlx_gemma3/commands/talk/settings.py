@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import difflib
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
 from ...errors import OptionError
-from ...runtime.options import Options, OptionValues
+from ...runtime.options import SETTINGS, Options, OptionValues, default_of
+from ..answers import typed
 
-# As they are typed in; str stands for several texts. The other fields of Options belong to the whole conversation.
-KINDS: dict[str, type] = {
-    "max_tokens": int,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "seed": int,
-    "stop": str,
-    "pan_and_scan": bool,
-}
-_SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
+# The other options belong to the whole conversation, or show nothing in a chat.
+NAMES = [name for name, setting in SETTINGS.items() if setting.talk]
 
 
 class Settings:
@@ -35,25 +26,29 @@ class Settings:
         OptionError: a value out of its range.
     """
 
-    def __init__(self, values: OptionValues) -> None:
+    def __init__(self, values: Mapping[str, Any]) -> None:
         self._options = Options.build(values)
 
     @property
     def values(self) -> OptionValues:
         """As the keyword arguments of `Session.send`."""
-        return cast(OptionValues, {name: value for name, value in asdict(self._options).items() if name in KINDS})
+        return cast(OptionValues, {name: value for name, value in asdict(self._options).items() if name in NAMES})
 
     def show(self, name: str) -> str:
         """The value in words."""
-        value = getattr(self._options, name)
+        value, setting = getattr(self._options, name), SETTINGS[name]
         if isinstance(value, bool):
             return "on" if value else "off"
+        if value is None and setting.saved:
+            return "the checkpoint's own"
         if value is None:
-            return "a new one each time" if name == "seed" else "the checkpoint's own"
-        return " ".join(map(shlex.quote, value)) or "none" if name == "stop" else str(value)
+            return "a new one each time" if setting.usual is None else f"{setting.usual:g}"
+        if setting.kind == "biases":
+            return " ".join(f"{token}={bias:g}" for token, bias in value.items()) or "none"
+        return " ".join(map(shlex.quote, value)) or "none" if setting.kind == "texts" else str(value)
 
     def rows(self) -> list[tuple[str, str]]:
-        return [(name, self.show(name)) for name in KINDS]
+        return [(name, self.show(name)) for name in NAMES]
 
     def named(self, word: str) -> str:
         """The option that a word means: `top-k` is top_k.
@@ -62,10 +57,10 @@ class Settings:
             OptionError: there is none.
         """
         name = word.lower().replace("-", "_")
-        if name in KINDS:
+        if name in NAMES:
             return name
-        close = difflib.get_close_matches(name, KINDS, n=1)
-        do = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(KINDS)}"
+        close = difflib.get_close_matches(name, NAMES, n=1)
+        do = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(NAMES)}"
         raise OptionError(f"/set {word}", got="an unknown name", do=do)
 
     def set(self, word: str, text: str) -> str:
@@ -77,17 +72,6 @@ class Settings:
             OptionError: an unknown name, or a value of another kind or out of its range; nothing changes then.
         """
         name = self.named(word)
-        value = getattr(Options(), name) if text.lower() == "default" else _value(name, text)
+        value = default_of(name) if text.lower() == "default" else typed(name, text)
         self._options = Options.build({**self.values, name: value})
         return name
-
-
-def _value(name: str, text: str) -> Any:
-    kind = KINDS[name]
-    want = {str: "texts, in quotes where they hold spaces", bool: "on or off", int: "a whole number"}
-    try:
-        if kind is str:
-            return shlex.split(text)
-        return _SWITCH[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        raise OptionError(name, got=text, want=want.get(kind, "a number")) from None

@@ -15,10 +15,10 @@ from .screen import Screen
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from ...runtime.events import Usage
     from PIL.Image import Image
 
     from ...runtime.engine import Engine, Session
+    from ...runtime.events import Usage
     from ...runtime.stream import Stream
 
 
