@@ -17,21 +17,22 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma3.checkpoint.files import CONFIG_FILES, VOCABULARIES
+from mlx_gemma3.checkpoint.files import CONFIG_FILES
 from mlx_gemma3.checkpoint.load import Checkpoint
 from mlx_gemma3.checkpoint.tuned import find_template, gguf_template, own_template
 from mlx_gemma3.config import Config
 from mlx_gemma3.errors import TokenizerError
+from mlx_gemma3.prompt.added import SPACE
+from mlx_gemma3.prompt.protobuf import varint
 from mlx_gemma3.prompt.vocabulary import (
     BOS,
     BYTE_PIECE,
     END_OF_IMAGE,
     IMAGE,
-    SPACE,
     START_OF_IMAGE,
+    VOCABULARIES,
     Vocabulary,
     read_vocabulary,
-    varint,
 )
 
 _PAD, _EOS, _UNK = "<pad>", "<eos>", "<unk>"
@@ -45,8 +46,9 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 def write_side_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Write everything that belongs beside the weights and config.json; returns the names of the files.
 
-    The files of pictures are left out of a checkpoint without vision. A source without a vocabulary gives a folder
-    without one: such folders load, they only cannot read words.
+    The files of pictures are left out of a checkpoint without vision, and a tokenizer.model that says something else
+    than the tokenizer.json beside it, which decides: a program that reads the first would read other tokens. A source
+    without a vocabulary gives a folder without one: such folders load, they only cannot read words.
 
     Args:
         folder: an existing folder that nobody reads yet. The caller renames it when it is whole.
@@ -61,6 +63,8 @@ def write_side_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
         for name in _COPIED
         if source.is_dir() and (source / name).is_file() and (vision or name not in _OF_PICTURES)
     ]
+    if set(VOCABULARIES) <= set(copied) and not _agree(*(source / name for name in VOCABULARIES)):
+        copied.remove("tokenizer.model")
     for name in copied:
         shutil.copyfile(source / name, folder / name)
     made = _vocabulary_files(checkpoint, frozenset(copied))
@@ -74,11 +78,25 @@ def write_side_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return sorted((*copied, *missing))
 
 
+def _agree(deciding: Path, other: Path) -> bool:
+    """Whether a second vocabulary has the pieces and added tokens of the one that decides.
+
+    Raises:
+        TokenizerError: the one that decides is damaged or not Gemma 3's.
+    """
+    vocabulary = read_vocabulary(deciding)
+    try:
+        second = read_vocabulary(other)
+    except TokenizerError:
+        return False
+    return (vocabulary.pieces, vocabulary.added) == (second.pieces, second.added)
+
+
 def _vocabulary_files(checkpoint: Checkpoint, copied: frozenset[str]) -> dict[str, bytes]:
     """The files made from the vocabulary, by name.
 
     A tokenizer.model is made for a GGUF file only: made from a tokenizer.json it would lose which of its own added
-    tokens are special, and our Tokenizer prefers it.
+    tokens are special, and which match behind the normalizer.
     """
     files: dict[str, bytes] = {}
     if checkpoint.gguf is not None:
