@@ -63,11 +63,16 @@ def write_side_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
         for name in _COPIED
         if source.is_dir() and (source / name).is_file() and (vision or name not in _OF_PICTURES)
     ]
-    if set(VOCABULARIES) <= set(copied) and not _agree(*(source / name for name in VOCABULARIES)):
-        copied.remove("tokenizer.model")
+    present = [name for name in VOCABULARIES if name in copied]
+    where = source / present[0] if present else source
+    vocabulary = read_vocabulary(where) if present or _gguf_vocabulary(checkpoint) else None
+    if vocabulary is not None:
+        for other in present[1:]:
+            if not _agrees(vocabulary, source / other):
+                copied.remove(other)
     for name in copied:
         shutil.copyfile(source / name, folder / name)
-    made = _vocabulary_files(checkpoint, frozenset(copied))
+    made = _vocabulary_files(checkpoint, vocabulary, frozenset(copied)) if vocabulary is not None else {}
     if vision:
         made.update({name: _pretty(values) for name, values in picture_settings(checkpoint.config).items()})
     if checkpoint.instruct and _template(checkpoint) is None:  # only the name said so, which the folder may not keep
@@ -78,13 +83,8 @@ def write_side_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return sorted((*copied, *missing))
 
 
-def _agree(deciding: Path, other: Path) -> bool:
-    """Whether a second vocabulary has the pieces and added tokens of the one that decides.
-
-    Raises:
-        TokenizerError: the one that decides is damaged or not Gemma 3's.
-    """
-    vocabulary = read_vocabulary(deciding)
+def _agrees(vocabulary: Vocabulary, other: Path) -> bool:
+    """Whether a second file has the pieces and added tokens of the vocabulary that decides."""
     try:
         second = read_vocabulary(other)
     except TokenizerError:
@@ -92,25 +92,22 @@ def _agree(deciding: Path, other: Path) -> bool:
     return (vocabulary.pieces, vocabulary.added) == (second.pieces, second.added)
 
 
-def _vocabulary_files(checkpoint: Checkpoint, copied: frozenset[str]) -> dict[str, bytes]:
+def _gguf_vocabulary(checkpoint: Checkpoint) -> bool:
+    return checkpoint.gguf is not None and "tokenizer.ggml.model" in checkpoint.gguf[0].settings
+
+
+def _vocabulary_files(checkpoint: Checkpoint, vocabulary: Vocabulary, copied: frozenset[str]) -> dict[str, bytes]:
     """The files made from the vocabulary, by name.
 
     A tokenizer.model is made for a GGUF file only: made from a tokenizer.json it would lose which of its own added
     tokens are special, and which match behind the normalizer.
     """
     files: dict[str, bytes] = {}
+    template = ""
     if checkpoint.gguf is not None:
-        settings = checkpoint.gguf[0].settings
-        if "tokenizer.ggml.model" not in settings:
-            return {}
-        vocabulary, template = read_vocabulary(checkpoint.path), _template(checkpoint) or ""
+        template = _template(checkpoint) or ""
         files["tokenizer.model"] = sentencepiece_model(vocabulary)
         files["generation_config.json"] = _pretty(_generation(checkpoint, chat=checkpoint.instruct))
-    else:
-        present = [name for name in VOCABULARIES if name in copied]
-        if not present or {"tokenizer.json", "tokenizer_config.json"} <= copied:
-            return {}
-        vocabulary, template = read_vocabulary(checkpoint.path / present[0]), ""
     if "tokenizer.json" not in copied:
         files["tokenizer.json"] = tokenizer_json(vocabulary)
     if "tokenizer_config.json" in copied:  # it names the special tokens: the files below would say it a second time
@@ -137,9 +134,15 @@ def tokenizer_json(vocabulary: Vocabulary) -> bytes:
     Raises:
         TokenizerError: no <bos> or <unk>.
     """
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
     added = [
-        {"id": token, "content": piece, **flags, "special": piece in vocabulary.control}
+        {
+            "id": token,
+            "content": piece,
+            **flags,
+            "normalized": piece in vocabulary.normalized,
+            "special": piece in vocabulary.control,
+        }
         for token, piece in enumerate(vocabulary.pieces)
         if piece in vocabulary.added
     ]
@@ -271,13 +274,18 @@ def picture_settings(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def _tokenizer_config(vocabulary: Vocabulary, config: Config, template: str) -> dict[str, Any]:
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    flags = {"lstrip": False, "rstrip": False, "single_word": False}
     picture = _picture_tokens(vocabulary)
     values: dict[str, Any] = {
         "add_bos_token": True,
         "add_eos_token": False,
         "added_tokens_decoder": {
-            token: {"content": piece, **flags, "special": piece in vocabulary.control}
+            token: {
+                "content": piece,
+                **flags,
+                "normalized": piece in vocabulary.normalized,
+                "special": piece in vocabulary.control,
+            }
             for token, piece in enumerate(vocabulary.pieces)
             if piece in vocabulary.added
         },

@@ -188,7 +188,7 @@ def _read_sentencepiece(path: Path) -> Vocabulary:
         if piece in known:
             continue
         if not _is_id(token) or token != len(pieces):
-            raise _refusal(str(extra_path), piece, f"id {token}", f"{len(pieces)}, the next free id")
+            raise _refusal(str(extra_path), piece, f"id {token!r}", f"{len(pieces)}, the next free id")
         pieces.append(piece)
         kinds.append(_USER_DEFINED)
     return _typed(source, pieces, kinds, scores)
