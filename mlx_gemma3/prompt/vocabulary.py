@@ -316,7 +316,7 @@ def _check_merges(
     if not isinstance(merges, list) or len(merges) > _MOST_CHARACTERS:
         raise _refusal(source, "merges", "another thing, or too many", f"a list of at most {_MOST_CHARACTERS:,}")
     pairs = {tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair): None for pair in merges}
-    last, listed, run = -1, 0, max(map(len, ids))
+    last, listed, run = -1, 0, _LONGEST_PIECE
     for pair in pairs:
         piece = "".join(pair)
         if len(pair) != 2 or piece not in ids:
