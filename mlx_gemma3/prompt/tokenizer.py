@@ -24,7 +24,7 @@ from typing import Any
 from ..arguments import argument, described, elements, takes
 from ..errors import OptionError, PromptError, TokenizerError
 from ..paths import cache_folder
-from ..reading import MOST_JSON, open_regular, reason
+from ..reading import MOST_JSON, file_kind, open_regular, reason
 from ..writing import clear_abandoned, write_whole
 from .added import SPACE, normal
 from .vocabulary import BOS, BYTE_PIECE, VOCABULARIES, added_tokens_file, is_gguf, read_vocabulary
@@ -77,9 +77,14 @@ class Tokenizer:
         """Open a checkpoint folder's tokenizer.json or, without one, its tokenizer.model.
 
         Raises:
-            TokenizerError: the folder has neither, or the first is not Gemma 3's kind.
+            TokenizerError: the folder has neither, the first is not Gemma 3's kind, or one of a tokenizer's files is a
+                folder, pipe or device.
         """
         folder = Path(folder)
+        for name in (*VOCABULARIES, "added_tokens.json"):
+            if os.path.exists(folder / name) and not os.path.isfile(folder / name):
+                got = file_kind((folder / name).stat().st_mode)
+                raise TokenizerError(f"{folder / name}", got=got, want="a file", do="remove it")
         for name in VOCABULARIES:
             if os.path.lexists(folder / name):
                 return cls.from_file(folder / name)
