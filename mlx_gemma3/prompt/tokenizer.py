@@ -81,10 +81,10 @@ class Tokenizer:
                 folder, pipe or device.
         """
         folder = Path(folder)
-        for name in (*VOCABULARIES, "added_tokens.json"):
-            if os.path.exists(folder / name) and not os.path.isfile(folder / name):
-                got = file_kind((folder / name).stat().st_mode)
-                raise TokenizerError(f"{folder / name}", got=got, want="a file", do="remove it")
+        for path in (folder / name for name in (*VOCABULARIES, "added_tokens.json")):
+            with suppress(OSError):  # a name that is too long
+                if path.exists() and not path.is_file():
+                    raise TokenizerError(f"{path}", got=file_kind(path.stat().st_mode), want="a file", do="remove it")
         for name in VOCABULARIES:
             if os.path.lexists(folder / name):
                 return cls.from_file(folder / name)
