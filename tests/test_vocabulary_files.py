@@ -46,6 +46,14 @@ def test_tokenizer_json_decides_over_an_old_tokenizer_model(tmp_path: Path) -> N
     assert Tokenizer.from_folder(tmp_path).decode([token]) == "<unused0>"  # alone it is what there is
 
 
+def test_a_token_renamed_in_half_of_the_file(tmp_path: Path) -> None:
+    """tokenizers gives the new name a new id behind the last, of which no model knows: refused by both names."""
+    values = renamed()
+    values["model"]["vocab"] = small_json()["model"]["vocab"]
+    with pytest.raises(TokenizerError, match=r"got \d+ for '<unused0>' and for '<think>'"):
+        Tokenizer.from_file(write_json(tmp_path, values))
+
+
 @pytest.mark.parametrize("make", [lambda path: path.write_bytes(b"{"), Path.mkdir, os.mkfifo])
 def test_one_that_cannot_be_read_decides_too(make: Callable[[Path], object], tmp_path: Path) -> None:
     """The tokenizer.model beside it may say something else: an error, not another answer."""

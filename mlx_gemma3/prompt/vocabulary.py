@@ -98,8 +98,8 @@ class Vocabulary:
         Ids are in the order of the merges, so a piece's score is minus its id. An UNKNOWN piece, which SentencePiece
         asks for and byte fallback never reaches, stands behind the last id.
         """
-        unknown = "<unknown>"
-        while unknown in self.pieces:
+        unknown, known = "<unknown>", set(self.pieces)
+        while unknown in known:
             unknown += ">"
         first, then = self.cuts
         silent = self.control.union(then, (piece for piece in first if piece.strip(SPACE)))
@@ -275,8 +275,14 @@ def _read_json(path: Path) -> Vocabulary:
         if entry.get("normalized"):
             loose.add(piece)
     _check_pieces(source, ids)
-    if not all(map(_is_id, ids.values())) or sorted(ids.values()) != list(range(len(ids))):
-        raise _refusal(source, "ids", "a gap or an id given twice", f"each of 0 to {len(ids) - 1} once")
+    if not all(map(_is_id, ids.values())):
+        raise _refusal(source, "ids", "one that is no whole number", f"each of 0 to {len(ids) - 1} once")
+    first = dict(zip(reversed(ids.values()), reversed(ids), strict=True))
+    if twice := next((piece for piece, token in ids.items() if first[token] != piece), None):
+        got = f"{ids[twice]} for {first[ids[twice]]!r} and for {twice!r}"
+        raise _refusal(source, "ids", got, "one piece each: a token is renamed in model.vocab and in added_tokens")
+    if max(first, default=-1) != len(ids) - 1:
+        raise _refusal(source, "ids", "a gap", f"each of 0 to {len(ids) - 1} once")
     _check_merges(source, ids, model.get("merges") or [], added, loose)
     pieces = tuple(sorted(ids, key=ids.__getitem__))
     return Vocabulary(source, pieces, frozenset(added), frozenset(control), frozenset(loose))
