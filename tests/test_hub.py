@@ -162,6 +162,16 @@ def test_a_vocabulary_as_json_when_there_is_no_other(tmp_path: Path) -> None:
         assert "tokenizer.json" in mac.held()
 
 
+def test_a_cached_copy_of_one_vocabulary_gets_the_other(tmp_path: Path) -> None:
+    """Earlier versions fetched tokenizer.model alone; without a network that is still a whole copy."""
+    with HubServer({"a/b": Repo(SINGLE)}) as hub:
+        mac = machine(tmp_path / "mac", hub.url)
+        (answer,) = mac.ask("a/b")
+        (Path(answer.path) / "tokenizer.json").unlink()
+        assert mac.ask("a/b", offline=True) == [answer] and "tokenizer.json" not in mac.held()
+        assert mac.ask("a/b") == [answer] and "tokenizer.json" in mac.held()
+
+
 def test_shards_of_the_index_and_of_vision(tmp_path: Path) -> None:
     files = {**SHARDED, "model.extra.safetensors": b"not in the index"}
     with HubServer({"a/b": Repo(files)}) as hub:
