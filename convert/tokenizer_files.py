@@ -17,21 +17,22 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma3.checkpoint.files import CONFIG_FILES, VOCABULARIES
+from mlx_gemma3.checkpoint.files import CONFIG_FILES
 from mlx_gemma3.checkpoint.load import Checkpoint
 from mlx_gemma3.checkpoint.tuned import find_template, gguf_template, own_template
 from mlx_gemma3.config import Config
 from mlx_gemma3.errors import TokenizerError
+from mlx_gemma3.prompt.added import SPACE
+from mlx_gemma3.prompt.protobuf import varint
 from mlx_gemma3.prompt.vocabulary import (
     BOS,
     BYTE_PIECE,
     END_OF_IMAGE,
     IMAGE,
-    SPACE,
     START_OF_IMAGE,
+    VOCABULARIES,
     Vocabulary,
     read_vocabulary,
-    varint,
 )
 
 _PAD, _EOS, _UNK = "<pad>", "<eos>", "<unk>"
@@ -45,8 +46,9 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 def write_side_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Write everything that belongs beside the weights and config.json; returns the names of the files.
 
-    The files of pictures are left out of a checkpoint without vision. A source without a vocabulary gives a folder
-    without one: such folders load, they only cannot read words.
+    The files of pictures are left out of a checkpoint without vision, and a tokenizer.model that says something else
+    than the tokenizer.json beside it, which decides: a program that reads the first would read other tokens. A source
+    without a vocabulary gives a folder without one: such folders load, they only cannot read words.
 
     Args:
         folder: an existing folder that nobody reads yet. The caller renames it when it is whole.
@@ -61,9 +63,16 @@ def write_side_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
         for name in _COPIED
         if source.is_dir() and (source / name).is_file() and (vision or name not in _OF_PICTURES)
     ]
+    present = [name for name in VOCABULARIES if name in copied]
+    where = source / present[0] if present else source
+    vocabulary = read_vocabulary(where) if present or _gguf_vocabulary(checkpoint) else None
+    if vocabulary is not None:
+        for other in present[1:]:
+            if not _agrees(vocabulary, source / other):
+                copied.remove(other)
     for name in copied:
         shutil.copyfile(source / name, folder / name)
-    made = _vocabulary_files(checkpoint, frozenset(copied))
+    made = _vocabulary_files(checkpoint, vocabulary, frozenset(copied)) if vocabulary is not None else {}
     if vision:
         made.update({name: _pretty(values) for name, values in picture_settings(checkpoint.config).items()})
     if checkpoint.instruct and _template(checkpoint) is None:  # only the name said so, which the folder may not keep
@@ -74,25 +83,31 @@ def write_side_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return sorted((*copied, *missing))
 
 
-def _vocabulary_files(checkpoint: Checkpoint, copied: frozenset[str]) -> dict[str, bytes]:
+def _agrees(vocabulary: Vocabulary, other: Path) -> bool:
+    """Whether a second file has the pieces and added tokens of the vocabulary that decides."""
+    try:
+        second = read_vocabulary(other)
+    except TokenizerError:
+        return False
+    return (vocabulary.pieces, vocabulary.added) == (second.pieces, second.added)
+
+
+def _gguf_vocabulary(checkpoint: Checkpoint) -> bool:
+    return checkpoint.gguf is not None and "tokenizer.ggml.model" in checkpoint.gguf[0].settings
+
+
+def _vocabulary_files(checkpoint: Checkpoint, vocabulary: Vocabulary, copied: frozenset[str]) -> dict[str, bytes]:
     """The files made from the vocabulary, by name.
 
     A tokenizer.model is made for a GGUF file only: made from a tokenizer.json it would lose which of its own added
-    tokens are special, and our Tokenizer prefers it.
+    tokens are special, and which match behind the normalizer.
     """
     files: dict[str, bytes] = {}
+    template = ""
     if checkpoint.gguf is not None:
-        settings = checkpoint.gguf[0].settings
-        if "tokenizer.ggml.model" not in settings:
-            return {}
-        vocabulary, template = read_vocabulary(checkpoint.path), _template(checkpoint) or ""
+        template = _template(checkpoint) or ""
         files["tokenizer.model"] = sentencepiece_model(vocabulary)
         files["generation_config.json"] = _pretty(_generation(checkpoint, chat=checkpoint.instruct))
-    else:
-        present = [name for name in VOCABULARIES if name in copied]
-        if not present or {"tokenizer.json", "tokenizer_config.json"} <= copied:
-            return {}
-        vocabulary, template = read_vocabulary(checkpoint.path / present[0]), ""
     if "tokenizer.json" not in copied:
         files["tokenizer.json"] = tokenizer_json(vocabulary)
     if "tokenizer_config.json" in copied:  # it names the special tokens: the files below would say it a second time
@@ -119,9 +134,15 @@ def tokenizer_json(vocabulary: Vocabulary) -> bytes:
     Raises:
         TokenizerError: no <bos> or <unk>.
     """
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
     added = [
-        {"id": token, "content": piece, **flags, "special": piece in vocabulary.control}
+        {
+            "id": token,
+            "content": piece,
+            **flags,
+            "normalized": piece in vocabulary.normalized,
+            "special": piece in vocabulary.control,
+        }
         for token, piece in enumerate(vocabulary.pieces)
         if piece in vocabulary.added
     ]
@@ -253,13 +274,18 @@ def picture_settings(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def _tokenizer_config(vocabulary: Vocabulary, config: Config, template: str) -> dict[str, Any]:
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    flags = {"lstrip": False, "rstrip": False, "single_word": False}
     picture = _picture_tokens(vocabulary)
     values: dict[str, Any] = {
         "add_bos_token": True,
         "add_eos_token": False,
         "added_tokens_decoder": {
-            token: {"content": piece, **flags, "special": piece in vocabulary.control}
+            token: {
+                "content": piece,
+                **flags,
+                "normalized": piece in vocabulary.normalized,
+                "special": piece in vocabulary.control,
+            }
             for token, piece in enumerate(vocabulary.pieces)
             if piece in vocabulary.added
         },

@@ -127,11 +127,11 @@ def machine(home: Path, endpoint: str) -> Machine:
 
 
 def test_only_what_is_needed_is_fetched_and_then_reused(tmp_path: Path, nowhere: str) -> None:
-    wanted = sorted({*SMALL, "model.safetensors"})
+    wanted = sorted({*SMALL, "tokenizer.json", "model.safetensors"})
     with HubServer({"a/b": Repo(SINGLE)}) as hub:
         mac = machine(tmp_path / "mac", hub.url)
         (answer,) = mac.ask("a/b")
-        assert mac.held() == hub.fetched() == wanted, "neither .bin, .pth, onnx nor a second vocabulary"
+        assert mac.held() == hub.fetched() == wanted, "neither .bin, .pth nor onnx"
         folder = Path(answer.path)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: SINGLE[n] for n in wanted}
         assert mac.stderr == ""
@@ -160,6 +160,16 @@ def test_a_vocabulary_as_json_when_there_is_no_other(tmp_path: Path) -> None:
         mac = machine(tmp_path / "mac", hub.url)
         mac.ask("a/b")
         assert "tokenizer.json" in mac.held()
+
+
+def test_a_cached_copy_of_one_vocabulary_gets_the_other(tmp_path: Path) -> None:
+    """Earlier versions fetched tokenizer.model alone; without a network that is still a whole copy."""
+    with HubServer({"a/b": Repo(SINGLE)}) as hub:
+        mac = machine(tmp_path / "mac", hub.url)
+        (answer,) = mac.ask("a/b")
+        (Path(answer.path) / "tokenizer.json").unlink()
+        assert mac.ask("a/b", offline=True) == [answer] and "tokenizer.json" not in mac.held()
+        assert mac.ask("a/b") == [answer] and "tokenizer.json" in mac.held()
 
 
 def test_shards_of_the_index_and_of_vision(tmp_path: Path) -> None:
@@ -342,7 +352,7 @@ def test_files_with_names_that_drive_terminals_are_left_alone(tmp_path: Path) ->
     with HubServer({"a/b": Repo(files)}) as hub:
         mac = machine(tmp_path / "mac", hub.url)
         mac.ask("a/b", quiet=False)
-        assert "OWNED" not in mac.stderr and mac.held() == sorted({*SMALL, "model.safetensors"})
+        assert "OWNED" not in mac.stderr and mac.held() == sorted({*SMALL, "tokenizer.json", "model.safetensors"})
 
 
 def test_without_a_home_the_hubs_cache_is_a_temporary_folder(tmp_path: Path) -> None:

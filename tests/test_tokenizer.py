@@ -260,7 +260,7 @@ def test_sentencepiece_file(gemma: Tokenizer, gguf_part: Path, tmp_path: Path) -
     read = read_vocabulary(path)
     assert (read.pieces, read.added, read.control) == (vocabulary.pieces, vocabulary.added, vocabulary.control)
     (tmp_path / "added_tokens.json").write_text('{"<image_soft_token>": 262144}')
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)  # no tokenizer.json there
     assert tokenizer.special_ids == gemma.special_ids
     for row in random.Random(1).sample(rows("strings.jsonl"), 100):
         assert tokenizer.encode(row["text"]) == row["ids"]
@@ -270,7 +270,7 @@ def test_small_sentencepiece_file(small: Tokenizer, tmp_path: Path) -> None:
     source = read_vocabulary(write_json(tmp_path, small_json()))
     path = tmp_path / "tokenizer.model"
     path.write_bytes(as_google_writes_it(source))
-    tokenizer = Tokenizer.from_folder(tmp_path)  # prefers it to the tokenizer.json beside it
+    tokenizer = Tokenizer.from_file(path)
     assert read_vocabulary(path).pieces == source.pieces
     text = "<bos>the  thing\n\n<image_soft_token> \u2581\u2581é"
     assert tokenizer.encode(text) == small.encode(text)
@@ -372,7 +372,7 @@ def test_control_tokens_may_not_overlap() -> None:
 
 
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"tokenizer\.model or tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json or tokenizer\.model"):
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(TokenizerError, match="No such file"):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
@@ -400,7 +400,7 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [entry] = (tmp_path / "cache" / "vocabularies").iterdir()
 
     whole = entry.read_bytes()
-    for damaged in (b"", whole[:-1], whole[:200] + b"!" + whole[201:], whole.replace(b"vocabulary 1", b"vocabulary 0")):
+    for damaged in (b"", whole[:-1], whole[:200] + b"!" + whole[201:], whole.replace(b"vocabulary 2", b"vocabulary 1")):
         entry.write_bytes(damaged)
         reads.clear()
         assert Tokenizer.from_file(path).encode("<bos>the \u2581\u2581thing") == ids and len(reads) == 1

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mlx_gemma3.checkpoint.load import Checkpoint, open_checkpoint
 from mlx_gemma3.checkpoint.source import Source
 from mlx_gemma3.config import Config
-from mlx_gemma3.convert.tokenizer_files import picture_settings, write_side_files
+from mlx_gemma3.convert.tokenizer_files import picture_settings, tokenizer_json, write_side_files
 from mlx_gemma3.errors import TokenizerError
 from mlx_gemma3.prompt.tokenizer import Tokenizer
 from mlx_gemma3.prompt.vocabulary import read_vocabulary
@@ -253,7 +253,7 @@ def test_what_a_folder_has_is_copied(chat_folder: Path, tmp_path: Path) -> None:
     source = tiny.write_folder(tmp_path / "in", tiny.image_config(), {})
     files = {
         "tokenizer.model": (chat_folder / "tokenizer.model").read_bytes(),
-        "tokenizer.json": b"not looked into",
+        "tokenizer.json": tokenizer_json(read_vocabulary(chat_folder / "tokenizer.model")),
         "tokenizer_config.json": b'{"chat_template": "t"}',
         "special_tokens_map.json": b"{ }",
         "chat_template.jinja": b"t",
@@ -281,6 +281,38 @@ def test_what_a_folder_lacks_is_made(chat_folder: Path, tmp_path: Path) -> None:
     folder, made = Tokenizer.from_folder(chat_folder), Tokenizer.from_file(tmp_path / "tokenizer.json")
     text = "<bos><start_of_turn>user\nthe model is  in\n\n<start_of_image>"
     assert folder.encode(text) == made.encode(text)
+
+
+def test_a_pair_that_disagrees_is_not_kept(chat_folder: Path, tmp_path: Path) -> None:
+    """Renamed tokens in a tokenizer.json beside the old tokenizer.model, which other programs would read."""
+    source = tiny.write_folder(tmp_path / "in", tiny.text_config(), {})
+    raw = tokenizer_json(read_vocabulary(chat_folder / "tokenizer.model"))
+    (source / "tokenizer.json").write_bytes(raw.replace(b"<unused400>", b"<think>"))
+    (source / "tokenizer.model").write_bytes((chat_folder / "tokenizer.model").read_bytes())
+    (out := tmp_path / "out").mkdir()
+    names = write_side_files(opened(source), out)
+    assert "tokenizer.json" in names and "tokenizer.model" not in names
+    assert Tokenizer.from_folder(out).encode("<think>") == Tokenizer.from_folder(source).encode("<think>") == [400]
+    (source / "tokenizer.json").write_bytes(b"{}")
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        write_side_files(opened(source), empty)
+    assert not list(empty.iterdir())
+
+
+def test_added_tokens_of_a_model_file_alone(chat_folder: Path, tmp_path: Path) -> None:
+    """One with a space, which SentencePiece matches in spaces and in U+2581: `normalized` says the same."""
+    source = tiny.write_folder(tmp_path / "in", tiny.text_config(vocab_size=576), {})
+    (source / "tokenizer.model").write_bytes((chat_folder / "tokenizer.model").read_bytes())
+    (source / "added_tokens.json").write_text(json.dumps({"<tool>": 512, "the user": 513}))
+    (out := tmp_path / "out").mkdir()
+    write_side_files(opened(source), out)
+    before, after = Tokenizer.from_file(source / "tokenizer.model"), Tokenizer.from_file(out / "tokenizer.json")
+    for text in ("<tool>the user", "the\u2581user is", "the  user"):
+        assert before.encode(text) == after.encode(text)
+    assert before.encode("<tool>the user") == [512, 513] and before.decode([512, 513]) == "<tool>the user"
+    entries = {entry["content"]: entry["normalized"] for entry in read(out / "tokenizer.json")["added_tokens"]}
+    assert entries["the user"] is True and entries["<tool>"] is False
 
 
 def test_a_folder_with_tokenizer_json_alone(small: tuple[Path, Path], tmp_path: Path) -> None:

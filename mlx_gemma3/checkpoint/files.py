@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, Gemma3Error, SourceError, SourceNotFound
+from ..prompt.vocabulary import VOCABULARIES
 from ..reading import parse_json
 from ..visible import listed
 from .tensors import INDEX, canonical_name, is_vision
@@ -37,8 +38,6 @@ _OTHER_KINDS = (
         "take the model in Hugging Face's layout, which the program that wrote it can export",
     ),
 )
-# One is enough, the first that is there: the JSON is 33 MB of the same vocabulary.
-VOCABULARIES = ("tokenizer.model", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def choose(
     if "config.json" not in top:
         raise ConfigError(place, got="no config.json", want="a model's folder: config.json and model*.safetensors")
     small = [name for name in (*CONFIG_FILES, INDEX) if name in top]
-    small += [name for name in VOCABULARIES if name in top][:1]
+    small += [name for name in VOCABULARIES if name in top]  # the first decides, the second is for other programs
     if INDEX in top:
         weights = _shards(index(), place, text_only)
     elif "model.safetensors" in top:

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, GatedSource, OfflineSource, SourceError, SourceNotFound
 from ..paths import temporary_folder
+from ..prompt.vocabulary import VOCABULARIES
 from ..visible import visible
-from .files import CONFIG_FILES, VOCABULARIES, Plan, choose
+from .files import CONFIG_FILES, Plan, choose
 from .tensors import INDEX
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..checkpoint.load import Checkpoint
 
 CONTEXTS = (4096, 32768, 131072)
-_VOCABULARIES = ("tokenizer.model", "tokenizer.json")
 
 
 def inspect(
@@ -169,12 +168,14 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The vocabulary's file and how many ids have a piece; None without a usable one."""
+    from ..prompt.vocabulary import VOCABULARIES
+
     try:
         size = checkpoint.tokenizer().vocab_size
     except TokenizerError:
         return None
     path = checkpoint.path
-    file = path.name if path.is_file() else next(name for name in _VOCABULARIES if (path / name).is_file())
+    file = path.name if path.is_file() else next(name for name in VOCABULARIES if (path / name).is_file())
     return {"file": file, "vocabulary": size}
 
 

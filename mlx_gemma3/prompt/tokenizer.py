@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +24,15 @@ from typing import Any
 from ..arguments import argument, described, elements, takes
 from ..errors import OptionError, PromptError, TokenizerError
 from ..paths import cache_folder
+from ..reading import MOST_JSON, file_kind, open_regular, reason
 from ..writing import clear_abandoned, write_whole
-from .vocabulary import BOS, BYTE_PIECE, SPACE, added_tokens_file, is_gguf, read_vocabulary
+from .added import SPACE, normal
+from .vocabulary import BOS, BYTE_PIECE, VOCABULARIES, added_tokens_file, is_gguf, read_vocabulary
 
-_FORMAT = b"mlx-gemma3 vocabulary 1"  # counted up whenever vocabulary.py builds something else from the same file
+_FORMAT = b"mlx-gemma3 vocabulary 2"  # counted up whenever vocabulary.py builds something else from the same file
 _GGUF_HEAD = 32 << 20  # bytes of a GGUF file that tell its vocabulary: Gemma 3's headers have 7 to 20 MB
+_SETTLED_NS = 2_000_000_000  # no file system keeps coarser times
+_KEY = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,13 @@ class _Built:
 
     size: int  # ids 0 to size - 1
     special: tuple[str, ...]  # control tokens
-    marked: tuple[str, ...]  # added tokens written with U+2581
+    first: tuple[str, ...]  # added tokens cut out of a text as it was written (see added.py)
+    then: tuple[str, ...]  # and those cut out of the rest, where a space and U+2581 are the same
     proto: bytes
 
     def to_bytes(self) -> bytes:
-        about = json.dumps({"size": self.size, "special": self.special, "marked": self.marked}).encode()
+        values = {"size": self.size, "special": self.special, "first": self.first, "then": self.then}
+        about = json.dumps(values).encode()
         body = about + b"\n" + self.proto
         return b"%s %s\n%s" % (_FORMAT, hashlib.sha256(body).hexdigest().encode(), body)
 
@@ -51,7 +59,7 @@ class _Built:
             return None
         about, _, proto = body.partition(b"\n")
         values = json.loads(about)
-        return cls(values["size"], tuple(values["special"]), tuple(values["marked"]), proto)
+        return cls(values["size"], tuple(values["special"]), tuple(values["first"]), tuple(values["then"]), proto)
 
 
 class Tokenizer:
@@ -66,18 +74,22 @@ class Tokenizer:
     @classmethod
     @takes(folder="path")
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Open a checkpoint folder's tokenizer.model or, without one, its tokenizer.json.
+        """Open a checkpoint folder's tokenizer.json or, without one, its tokenizer.model.
 
         Raises:
-            TokenizerError: the folder has neither, or the file is not Gemma 3's kind.
+            TokenizerError: the folder has neither, the first is not Gemma 3's kind, or one of a tokenizer's files is a
+                folder, pipe or device.
         """
         folder = Path(folder)
-        for name in ("tokenizer.model", "tokenizer.json"):
+        for path in (folder / name for name in (*VOCABULARIES, "added_tokens.json")):
             with suppress(OSError):  # a name that is too long
-                if (folder / name).is_file():
-                    return cls.from_file(folder / name)
+                if path.exists() and not path.is_file():
+                    raise TokenizerError(f"{path}", got=file_kind(path.stat().st_mode), want="a file", do="remove it")
+        for name in VOCABULARIES:
+            if os.path.lexists(folder / name):
+                return cls.from_file(folder / name)
         raise TokenizerError(
-            f"{folder}", got="no tokenizer", want="tokenizer.model or tokenizer.json", do="copy it from the checkpoint"
+            f"{folder}", got="no tokenizer", want="tokenizer.json or tokenizer.model", do="copy it from the checkpoint"
         )
 
     @classmethod
@@ -94,9 +106,9 @@ class Tokenizer:
         """
         path = Path(path)
         try:
-            cached = cache_folder() / "vocabularies" / f"{_content_key(path)}.bin"
+            cached = cache_folder() / "vocabularies" / f"{_known_key(path)}.bin"
         except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
-            got = error.strerror if isinstance(error, OSError) else error
+            got = reason(error) if isinstance(error, OSError) else error
             raise TokenizerError(f"{path}", got=got, want="a readable tokenizer file") from None
         with suppress(OSError):
             if (found := _Built.from_bytes(cached.read_bytes())) is not None:
@@ -104,10 +116,16 @@ class Tokenizer:
                 return cls(found)
         vocabulary = read_vocabulary(path)
         special = sorted(vocabulary.control, key=len, reverse=True)
-        built = _Built(len(vocabulary.pieces), tuple(special), vocabulary.marked, vocabulary.sentencepiece())
+        first, then = vocabulary.cuts
+        built = _Built(len(vocabulary.pieces), tuple(special), tuple(first), tuple(then), vocabulary.sentencepiece())
+        tokenizer = cls(built)
+        try:
+            tokenizer._sentencepiece  # noqa: B018 (built here, before it is kept)
+        except RuntimeError as error:  # what SentencePiece itself finds wrong
+            raise TokenizerError(f"{path}", got=error, want="a vocabulary that SentencePiece loads") from None
         with suppress(OSError):
             write_whole(cached, built.to_bytes())
-        return cls(built)
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -153,13 +171,12 @@ class Tokenizer:
                 "text", got=f"a lone surrogate at character {error.start}", want="text that UTF-8 can encode"
             ) from None
         ids = [self.id(BOS)] if bos else []
-        splitter = self._splitter if special else self._marked_splitter
-        # Split on a group: plain stretches at even places, whole tokens at odd ones.
-        for place, part in enumerate(splitter.split(text) if splitter else (text,)):
-            if place % 2:
+        for whole, part in _split(self._splitter if special else self._plain_splitter, text):
+            if whole:
                 ids.append(self.id(part))
-            elif part:
-                ids.extend(self._sentencepiece.encode(part))
+                continue
+            for loose, rest in _split(self._loose_splitter, part):
+                ids.extend([self.id(self._loose[normal(rest)])] if loose else self._sentencepiece.encode(rest))
         return ids
 
     @takes(skip_special="switch")
@@ -197,15 +214,23 @@ class Tokenizer:
 
         return SentencePieceProcessor(model_proto=self._built.proto)
 
-    # SentencePiece sees spaces as U+2581, so it would match added tokens like "▁▁" in two spaces next to a typed
-    # U+2581. They are cut out first, like the control tokens; both are hard borders for merging anyway.
+    # What SentencePiece cannot match by itself is cut out first (added.py), like the control tokens; both are hard
+    # borders for merging anyway.
     @cached_property
     def _splitter(self) -> re.Pattern[str] | None:
-        return _any_of(self._built.special + self._built.marked)
+        return _any_of(self._built.special + self._built.first)
 
     @cached_property
-    def _marked_splitter(self) -> re.Pattern[str] | None:
-        return _any_of(self._built.marked)
+    def _plain_splitter(self) -> re.Pattern[str] | None:
+        return _any_of(self._built.first)
+
+    @cached_property
+    def _loose(self) -> dict[str, str]:
+        return {normal(piece): piece for piece in self._built.then}
+
+    @cached_property
+    def _loose_splitter(self) -> re.Pattern[str] | None:
+        return _any_of(tuple(self._loose), spaces=f"[ {SPACE}]")
 
 
 class StreamDecoder:
@@ -241,21 +266,67 @@ class StreamDecoder:
             return "\ufffd" * len(run)
 
 
-def _any_of(pieces: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Matches the longest piece at the leftmost place, in a group for re.split."""
+def _any_of(pieces: tuple[str, ...], *, spaces: str = SPACE) -> re.Pattern[str] | None:
+    """Matches the longest piece at the leftmost place, in a group for re.split; `spaces` where one has U+2581."""
     longest_first = sorted(pieces, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if pieces else None
+    found = "|".join(map(re.escape, longest_first)).replace(SPACE, spaces)
+    return re.compile(f"({found})") if pieces else None
+
+
+def _split(splitter: re.Pattern[str] | None, text: str) -> Iterator[tuple[bool, str]]:
+    """The stretches of a text that are not empty, and whether each is a match."""
+    # Split on a group: plain stretches at even places, matches at odd ones.
+    for place, part in enumerate(splitter.split(text) if splitter else (text,)):
+        if part:
+            yield place % 2 == 1, part
+
+
+def _known_key(path: Path) -> str:
+    """`_content_key`, by a note in the cache where the file is the one it was made of.
+
+    A tokenizer.json of 33 MB takes 50 ms to read and to hash, at every start. The note goes by what tells one state of
+    a file from another: device, inode, size and both times, of which nobody can set ctime. A file that is changed again
+    within the grain of its times would pass for the same, so none is noted that changed in the last seconds.
+    """
+    sources = [path, *([added_tokens_file(path)] if path.suffix != ".json" else ())]
+    digest, newest = hashlib.sha256(_FORMAT + path.suffix.encode("utf-8", "surrogateescape")), 0
+    for source in sources:
+        try:
+            state = source.stat()
+        except FileNotFoundError:
+            if source is path:
+                raise
+            digest.update(b" none")
+            continue
+        times = (state.st_mtime_ns, state.st_ctime_ns)
+        newest = max(newest, *times)
+        digest.update(repr((state.st_dev, state.st_ino, state.st_mode, state.st_size, *times)).encode())
+    note, settled = cache_folder() / "seen" / digest.hexdigest(), time.time_ns() - newest > _SETTLED_NS
+    if settled:
+        with suppress(OSError):
+            if _KEY.fullmatch(found := note.read_text("ascii", "replace")):
+                return found
+    key = _content_key(path)
+    if settled:
+        with suppress(OSError):
+            write_whole(note, key.encode())
+    return key
 
 
 def _content_key(path: Path) -> str:
-    """A name for what a vocabulary is read from, without reading it."""
+    """A name for what a vocabulary is read from, without reading it.
+
+    Raises:
+        OSError: a file that cannot be read, or is no regular one.
+        ValueError: a NUL in the path.
+    """
     digest = hashlib.sha256(_FORMAT + (b" json" if path.suffix == ".json" else b""))
     if is_gguf(path):
-        with path.open("rb") as file:
-            digest.update(str(path.stat().st_size).encode() + file.read(_GGUF_HEAD))
+        with open_regular(path) as file:
+            digest.update(str(os.fstat(file.fileno()).st_size).encode() + file.read(_GGUF_HEAD))
         return digest.hexdigest()
-    digest.update(path.read_bytes())
     extra = added_tokens_file(path)
-    if path.suffix != ".json" and extra.is_file():
-        digest.update(extra.read_bytes())
+    for source in (path, extra) if path.suffix != ".json" and os.path.lexists(extra) else (path,):
+        with open_regular(source) as file:
+            digest.update(file.read(MOST_JSON + 1))  # who reads it refuses what is larger
     return digest.hexdigest()

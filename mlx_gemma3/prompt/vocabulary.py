@@ -3,8 +3,7 @@
 Owns what the three formats mean for Gemma 3: which pieces are added tokens, which are control tokens, what order
 the merges have; and refuses a file that means something else. Knows nothing of encoding: tokenizer.py does that.
 
-A SentencePiece model is a protobuf message. Its few fields are written and read by hand here: the protobuf package
-would be one more dependency, of an extension module and a generated file that must fit its version, for forty lines.
+Whatever a file claims is bounded before work is done for it: the bounds are about twice what Gemma 3's own has.
 
 Sources: sentencepiece_model.proto of SentencePiece; the tokenizer.json of Gemma 3 (Hugging Face tokenizers); the GGUF
 specification, section on the vocabulary.
@@ -13,10 +12,12 @@ specification, section on the vocabulary.
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ import numpy as np
 
 from ..errors import TokenizerError
 from ..gguf_header import GGUFHeader
+from ..reading import open_regular, read_json, reason
+from .added import SPACE, TooMany, cuts, normal, touching
+from .protobuf import fields, varint
 
-SPACE = "\u2581"  # how a vocabulary writes a space
+# A folder's vocabulary: the first that is there decides, as in transformers. Programs that tune a model rewrite the
+# first and copy the second.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 BOS, START_OF_TURN, END_OF_TURN = "<bos>", "<start_of_turn>", "<end_of_turn>"
 START_OF_IMAGE, IMAGE, END_OF_IMAGE = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
 
@@ -40,6 +46,11 @@ _BYTE_PIECES = frozenset(f"<0x{value:02X}>" for value in range(256))
 # SentencePiece's piece types; GGUF uses the same numbers.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
+# Gemma 3's: 262,145 pieces of at most 31 characters, 1.5 million together; tokenizer.model has 4.7 MB.
+_MOST_PIECES, _LONGEST_PIECE, _MOST_CHARACTERS = 1 << 19, 256, 4_000_000
+_MOST_MODEL = 16 << 20  # bytes
+_UNSAYABLE = re.compile("[\0\ud800-\udfff]")
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -49,36 +60,52 @@ class Vocabulary:
     pieces: tuple[str, ...]
     added: frozenset[str]
     control: frozenset[str]
+    normalized: frozenset[str] = frozenset()  # added tokens that match behind the normalizer: see added.py
 
     def __post_init__(self) -> None:
+        _check_pieces(self.source, self.pieces)
         if missing := _BYTE_PIECES.difference(self.pieces):
             raise _refusal(self.source, "byte pieces", f"no {min(missing)}", "all of <0x00> to <0xFF> (byte fallback)")
-        if len(set(self.pieces)) != len(self.pieces) or not all(self.pieces):
-            raise _refusal(self.source, "pieces", "an empty piece or the same piece twice", "one id for each piece")
         # Control tokens are cut out of a text before SentencePiece sees it: no other added token may reach into them.
-        for control in self.control:
-            for other in self.added - self.control:
-                crossing = any(other.endswith(control[:length]) for length in range(1, len(control)))
-                if control in other or other in control or crossing:
-                    raise _refusal(self.source, "added tokens", f"{other!r} across {control!r}", "no overlap")
+        others, loose = self.added - self.control, self.control & self.normalized
+        try:
+            crossing = touching(self.control, others - self.normalized, before=False) | touching(loose, others)
+        except TooMany as error:
+            raise _too_many(self.source, error) from None
+        crossing |= {piece for piece in loose if " " in piece or SPACE in piece}
+        if crossing:
+            raise _refusal(self.source, "added tokens", f"{min(crossing)!r} across a control token", "no overlap")
+        behind = [normal(piece) for piece in self.normalized]
+        if len(set(behind)) != len(behind):
+            raise _refusal(self.source, "added tokens", "two for the same text", "one id for each text")
 
-    @property
-    def marked(self) -> tuple[str, ...]:
-        """Added tokens written with U+2581, longest first: they match that character, not the space it stands for."""
-        return tuple(sorted((piece for piece in self.added if SPACE in piece), key=len, reverse=True))
+    @cached_property
+    def cuts(self) -> tuple[list[str], list[str]]:
+        """Added tokens that SentencePiece cannot match: cut out as written, then cut out of the rest (added.py).
+
+        Raises:
+            TokenizerError: too many to compare.
+        """
+        try:
+            return cuts(self.added, self.control, self.normalized)
+        except TooMany as error:
+            raise _too_many(self.source, error) from None
 
     def sentencepiece(self) -> bytes:
-        """The SentencePiece model: added tokens USER_DEFINED, control tokens CONTROL, so that no text makes one.
+        """The SentencePiece model: added tokens USER_DEFINED; CONTROL, so that no text makes one, what is cut out
+        before. Runs of U+2581 are both: cut out where they are written, matched where they are spaces.
 
         Ids are in the order of the merges, so a piece's score is minus its id. An UNKNOWN piece, which SentencePiece
         asks for and byte fallback never reaches, stands behind the last id.
         """
-        unknown = "<unknown>"
-        while unknown in self.pieces:
+        unknown, known = "<unknown>", set(self.pieces)
+        while unknown in known:
             unknown += ">"
+        first, then = self.cuts
+        silent = self.control.union(then, (piece for piece in first if piece.strip(SPACE)))
         parts = []
         for token, piece in enumerate((*self.pieces, unknown)):
-            if piece in self.control:
+            if piece in silent:
                 kind = _CONTROL
             elif piece in self.added:
                 kind = _USER_DEFINED
@@ -107,12 +134,13 @@ def read_vocabulary(path: Path) -> Vocabulary:
         return _read_sentencepiece(path)
     try:
         return _read_json(path)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _refusal(str(path), "structure", error, "vocab, merges and added tokens as Gemma 3 lists them") from None
 
 
 def is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
+    """Whether the file has the signature of GGUF. Raises OSError, ValueError: it cannot be opened."""
+    with open_regular(path) as file:
         return file.read(4) == b"GGUF"
 
 
@@ -127,21 +155,24 @@ def _read_sentencepiece(path: Path) -> Vocabulary:
     pieces, scores, kinds = [], [], []
     settings: dict[int, dict[int, Any]] = {2: {}, 3: {}}
     try:
-        for number, value in _fields(path.read_bytes()):
+        for number, value in fields(_model_bytes(path), _MOST_PIECES + 100):
             if number == 1:
-                entry = dict(_fields(value))
+                entry = dict(fields(value, 4))
                 pieces.append(entry[1].decode("utf-8"))
                 scores.append(struct.unpack("<f", entry.get(2, bytes(4)))[0])
-                kinds.append(entry.get(3, _NORMAL))
+                kinds.append(int(entry.get(3, _NORMAL)))
             elif number in settings:
-                settings[number] = dict(_fields(value))
+                if settings[number]:
+                    raise ValueError("settings twice")
+                settings[number] = dict(fields(value, 100_000))
+        charsmap = len(settings[3].get(2, b""))
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error):
         raise _refusal(source, "format", "bytes that are no SentencePiece model", "a whole file") from None
     trainer, normalizer = settings[2], settings[3]
     for what, got, want in (
         ("model_type", trainer.get(3, 1), 2),  # 2 is BPE
         ("byte_fallback", trainer.get(35, 0), 1),
-        ("precompiled_charsmap", len(normalizer.get(2, b"")), 0),
+        ("precompiled_charsmap", charsmap, 0),
         ("add_dummy_prefix", normalizer.get(3, 1), 0),
         ("remove_extra_whitespaces", normalizer.get(4, 1), 0),
         ("escape_whitespaces", normalizer.get(5, 1), 1),
@@ -151,16 +182,27 @@ def _read_sentencepiece(path: Path) -> Vocabulary:
     if kinds and kinds[-1] == _UNKNOWN and "<unk>" in pieces[:-1]:  # as `sentencepiece` writes it: no id of the model's
         for column in (pieces, scores, kinds):
             column.pop()
-    extra_path = added_tokens_file(path)
-    extra = _load_json(extra_path) if extra_path.exists() else {}
-    for piece, token in sorted(extra.items(), key=lambda item: str(item[1])):
-        if piece in pieces:
+    extra_path, known = added_tokens_file(path), set(pieces)
+    extra = _load_json(extra_path) if os.path.lexists(extra_path) else {}
+    for piece, token in sorted(extra.items(), key=lambda item: (not _is_id(item[1]), str(item[1]).rjust(20))):
+        if piece in known:
             continue
-        if token != len(pieces):
-            raise _refusal(str(extra_path), piece, f"id {token}", f"{len(pieces)}, the next free id")
+        if not _is_id(token) or token != len(pieces):
+            raise _refusal(str(extra_path), piece, f"id {token!r}", f"{len(pieces)}, the next free id")
         pieces.append(piece)
         kinds.append(_USER_DEFINED)
     return _typed(source, pieces, kinds, scores)
+
+
+def _model_bytes(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            raw = file.read(_MOST_MODEL + 1)
+    except OSError as error:
+        raise TokenizerError(f"{path}", got=reason(error), want="a readable tokenizer file") from None
+    if len(raw) > _MOST_MODEL:
+        raise _refusal(str(path), "size", f"more than {_MOST_MODEL >> 20} MB", "a SentencePiece model")
+    return raw
 
 
 def _read_gguf(path: Path) -> Vocabulary:
@@ -182,15 +224,21 @@ def _read_gguf(path: Path) -> Vocabulary:
 
 def _typed(source: str, pieces: list[str], kinds: list[int], scores: Sequence[float]) -> Vocabulary:
     """A vocabulary from piece types: whatever is neither normal nor a byte is an added token."""
+    _check_pieces(source, pieces)
     merged = [token for token, kind in enumerate(kinds) if kind == _NORMAL and len(pieces[token]) > 1]
-    if len(scores) and np.any(np.diff(np.asarray(scores)[merged]) > 0):
-        raise _refusal(source, "scores", "a score above an earlier piece's", "ids in the order of the merges")
+    if len(scores):
+        ranks = np.asarray(scores)[merged]
+        if not np.all(ranks[1:] <= ranks[:-1]):
+            raise _refusal(source, "scores", "a score above an earlier piece's", "ids in the order of the merges")
     if START_OF_IMAGE in pieces and IMAGE not in pieces:
         pieces.append(IMAGE)  # the one token of Gemma 3 that Google's SentencePiece file lacks: the last id
         kinds.append(_CONTROL)
     added = {piece for piece, kind in zip(pieces, kinds, strict=True) if kind not in (_NORMAL, _BYTE)}
     control = CONTROL_NAMES.intersection(pieces)
-    return Vocabulary(source, tuple(pieces), frozenset(added - _BYTE_PIECES) | control, control)
+    added = (added - _BYTE_PIECES) | control
+    # SentencePiece matches a space and U+2581 as one also in these.
+    spaced = frozenset(piece for piece in added - control if SPACE in normal(piece) and piece.strip(SPACE))
+    return Vocabulary(source, tuple(pieces), frozenset(added), control, spaced)
 
 
 def _read_json(path: Path) -> Vocabulary:
@@ -214,42 +262,80 @@ def _read_json(path: Path) -> Vocabulary:
         if got not in allowed:
             raise _refusal(source, what, json.dumps(got), json.dumps(allowed[0], ensure_ascii=False))
     ids: dict[str, int] = dict(model["vocab"])
-    added, control = set(), set()
+    added, control, loose = set(), set(), set()
     for entry in file.get("added_tokens") or []:
         piece, token = entry["content"], entry["id"]
-        if flags := [flag for flag in ("single_word", "lstrip", "rstrip", "normalized") if entry.get(flag)]:
+        if flags := [flag for flag in ("single_word", "lstrip", "rstrip") if entry.get(flag)]:
             raise _refusal(source, f"added token {piece!r}", flags[0], "a literal match")
         if ids.setdefault(piece, token) != token:
             raise _refusal(source, f"added token {piece!r}", f"ids {ids[piece]} and {token}", "one id")
         added.add(piece)
         if entry.get("special") or piece in CONTROL_NAMES:
             control.add(piece)
-    if sorted(ids.values()) != list(range(len(ids))):
-        raise _refusal(source, "ids", "a gap or an id given twice", f"each of 0 to {len(ids) - 1} once")
-    _check_merges(source, ids, model.get("merges") or [], added)
+        if entry.get("normalized"):
+            loose.add(piece)
+    _check_pieces(source, ids)
+    if not all(map(_is_id, ids.values())):
+        raise _refusal(source, "ids", "one that is no whole number", f"each of 0 to {len(ids) - 1} once")
+    first = dict(zip(reversed(ids.values()), reversed(ids), strict=True))
+    if twice := next((piece for piece, token in ids.items() if first[token] != piece), None):
+        got = f"{ids[twice]} for {first[ids[twice]]!r} and for {twice!r}"
+        raise _refusal(source, "ids", got, "one piece each: a token is renamed in model.vocab and in added_tokens")
+    if max(first, default=-1) != len(ids) - 1:
+        raise _refusal(source, "ids", "a gap", f"each of 0 to {len(ids) - 1} once")
+    _check_merges(source, ids, model.get("merges") or [], added, loose)
     pieces = tuple(sorted(ids, key=ids.__getitem__))
-    return Vocabulary(source, pieces, frozenset(added), frozenset(control))
+    return Vocabulary(source, pieces, frozenset(added), frozenset(control), frozenset(loose))
 
 
-def _check_merges(source: str, ids: Mapping[str, int], merges: Sequence[Any], added: set[str]) -> None:
+def _check_pieces(source: str, pieces: Collection[str]) -> None:
+    """Bounds on pieces, before anything is done with them, and characters that SentencePiece cannot hold."""
+    want = f"at most {_MOST_PIECES:,} of at most {_LONGEST_PIECE} characters, {_MOST_CHARACTERS:,} together"
+    if len(pieces) > _MOST_PIECES:
+        raise _refusal(source, "pieces", f"{len(pieces):,}", want)
+    if not all(isinstance(piece, str) for piece in pieces):
+        raise _refusal(source, "pieces", "one that is no text", "texts")
+    if (longest := max(map(len, pieces), default=0)) > _LONGEST_PIECE:
+        raise _refusal(source, "pieces", f"one of {longest:,} characters", want)
+    if (total := sum(map(len, pieces))) > _MOST_CHARACTERS:
+        raise _refusal(source, "pieces", f"{total:,} characters together", want)
+    if len(set(pieces)) != len(pieces) or not all(pieces):
+        raise _refusal(source, "pieces", "an empty piece or the same piece twice", "one id for each piece")
+    if broken := next((piece for piece in pieces if _UNSAYABLE.search(piece)), None):
+        raise _refusal(source, "pieces", f"{broken!r}, with a NUL or half of a surrogate pair", "other texts")
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+
+
+def _check_merges(
+    source: str, ids: Mapping[str, int], merges: Sequence[Any], added: Collection[str], loose: Collection[str]
+) -> None:
     """SentencePiece joins any two neighbours that form a piece, lowest id first: the listed merges must say the same.
 
     Added tokens are matched before merging, so their own merges do not count; except the runs of U+2581, which
     SentencePiece matches as a whole, longest first, where Hugging Face merges spaces. That comes to the same when
-    their merges stand before all others, those of longer runs first, and no longer piece holds a run.
+    their merges stand before all others, those of longer runs first, and no longer piece holds a run. Another added
+    token with U+2581, if not `loose`, matches only that character: spaces would be merged to it, here they are not.
     """
+    if not isinstance(merges, list) or len(merges) > _MOST_CHARACTERS:
+        raise _refusal(source, "merges", "another thing, or too many", f"a list of at most {_MOST_CHARACTERS:,}")
     pairs = {tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair): None for pair in merges}
-    last, listed, run = -1, 0, max(map(len, ids))
+    last, listed, run = -1, 0, _LONGEST_PIECE
     for pair in pairs:
         piece = "".join(pair)
-        if piece not in ids:
-            raise _refusal(source, "merges", f"{piece!r}, which is no piece", "merges that form pieces")
+        if len(pair) != 2 or piece not in ids:
+            raise _refusal(source, "merges", f"{pair!r}, which forms no piece", "pairs that form pieces")
         if piece not in added:
             if ids[piece] < last:
                 got = f"{piece!r} (id {ids[piece]}) after id {last}"
                 raise _refusal(source, "merges", got, "merges in the order of ids")
             last, listed = ids[piece], listed + 1
-        elif SPACE in piece and pair[1] == SPACE:  # a run grows by one: no other pair ever stands side by side
+        elif piece.strip(SPACE):
+            if SPACE in piece and piece not in loose:
+                raise _refusal(source, "merges", f"the added token {piece!r}, which spaces form too", "none of it")
+        elif pair[1] == SPACE:  # a run grows by one: no other pair ever stands side by side
             if listed or len(piece) > run:
                 raise _refusal(source, "merges", f"a run of {len(piece)} U+2581 late", "longer runs first, then words")
             run = len(piece)
@@ -260,7 +346,7 @@ def _check_merges(source: str, ids: Mapping[str, int], merges: Sequence[Any], ad
             possible += sum(piece[:cut] in ids and piece[cut:] in ids for cut in cuts)
     if listed != possible:
         raise _refusal(source, "merges", f"{listed} pairs", f"all {possible} pairs of pieces that form a piece")
-    runs = sorted(piece for piece in added if SPACE in piece)
+    runs = sorted(piece for piece in added if not piece.strip(SPACE))
     for length, piece in enumerate(runs, start=2):
         if piece != SPACE * length or (SPACE * (length - 1), SPACE) not in pairs:
             raise _refusal(source, "added tokens", f"{piece!r}", f"a merged run of {length} U+2581")
@@ -269,56 +355,15 @@ def _check_merges(source: str, ids: Mapping[str, int], merges: Sequence[Any], ad
 
 
 def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise _refusal(str(path), "format", error, "a JSON file") from None
+    values = read_json(path, TokenizerError)
     if not isinstance(values, dict):
         raise _refusal(str(path), "format", type(values).__name__, "a JSON object")
     return values
 
 
+def _too_many(source: str, error: TooMany) -> TokenizerError:
+    return _refusal(source, "added tokens", f"too many and long ones to compare: {error}", "fewer or shorter ones")
+
+
 def _refusal(source: str, what: str, got: object, want: object) -> TokenizerError:
     return TokenizerError(f"{source}: {what}", got=got, want=want, do="use the tokenizer of a Gemma 3 checkpoint")
-
-
-def varint(value: int) -> bytes:
-    """Seven bits a byte, lowest first, the high bit set on all but the last."""
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Walk a protobuf message: (field number, int or bytes). Raises IndexError or ValueError on a broken one."""
-    at, end = 0, len(data)
-    while at < end:
-        key, at = _read_varint(data, at)
-        if (wire := key & 7) == 0:
-            value, at = _read_varint(data, at)
-            yield key >> 3, value
-            continue
-        if wire == 2:
-            length, at = _read_varint(data, at)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-        else:
-            raise ValueError(wire)
-        if at + length > end:
-            raise IndexError(at)
-        yield key >> 3, data[at : at + length]
-        at += length
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7

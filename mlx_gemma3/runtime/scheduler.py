@@ -35,6 +35,7 @@ from .job import Job, done_event
 from .loaded import Loaded
 from .pool import Pool
 from .prompts import check_turn, end_ids, prepare
+from .request import Prepared
 from .timeline import FeatureCache, Timeline, Tokens
 
 STEPS_A_CHUNK = 4  # a chunk takes as long as so many steps of those that write meanwhile

@@ -66,3 +66,36 @@ def picture(path: Path) -> None:
     by_bytes = images.load_image(path.read_bytes())
     assert by_path is not None and by_path.mode == "RGB" and by_path.size == by_bytes.size
     images.to_pixels(by_bytes, 56)
+
+
+def tokenizer(path: Path) -> None:
+    """A folder with such a vocabulary's file: `path` is called by its end, as in 17-tokenizer.json; what else the
+    folder holds lies in the folder of that name beside it.
+    """
+    import tempfile
+
+    from mlx_gemma3 import Gemma3Error, Tokenizer
+    from mlx_gemma3.checkpoint.load import open_checkpoint
+    from mlx_gemma3.checkpoint.source import Source
+    from mlx_gemma3.convert.tokenizer_files import write_side_files
+
+    name = path.name.partition("-")[2]
+    with tempfile.TemporaryDirectory() as place:
+        folder, out = Path(place) / "in", Path(place) / "out"
+        for made in (folder, out):
+            made.mkdir()
+        (folder / name).symlink_to(path.absolute())
+        for other in (path.parent / name).iterdir():
+            if not (folder / other.name).exists():
+                (folder / other.name).symlink_to(other.absolute())
+        try:
+            tokenizer = Tokenizer.from_folder(folder)
+        except Gemma3Error:
+            tokenizer = None
+        write_side_files(open_checkpoint(Source(str(folder), folder)), out)
+        again = Tokenizer.from_folder(out)
+        text = "the user<end_of_turn>\n  \u2581\u2581 is <b> in\0 é"
+        ids = again.encode(text)
+        assert tokenizer is not None and tokenizer.encode(text) == ids
+        assert again.decode(ids) == text.replace("\u2581", " ")
+        again.encode(text, special=False)
