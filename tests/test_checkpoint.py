@@ -258,7 +258,7 @@ def test_index_that_promises_too_much(tmp_path: Path) -> None:
     assert "model-00001-of-00002.safetensors: got no model.norm.weight" in message
     for broken in ("{", "[]", '{"weight_map": {"model.norm.weight": "../secret"}}'):
         index.write_text(broken)
-        assert "a broken index" in error_of(lambda: load_model(folder))
+        assert "weight_map" in error_of(lambda: load_model(folder))
 
 
 def test_no_weights_and_no_config(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ Knows names and the index of shards; opens no weights, knows nothing of the netw
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from ..errors import CheckpointError, ConfigError, Gemma3Error, SourceError, Sou
 from ..prompt.vocabulary import VOCABULARIES
 from ..reading import parse_json
 from ..visible import listed
-from .tensors import INDEX, canonical_name, is_vision
+from .tensors import INDEX, canonical_name, is_vision, read_index
 
 CONFIG_FILES = (
     "config.json generation_config.json preprocessor_config.json processor_config.json added_tokens.json "
@@ -97,6 +96,8 @@ def choose(
     small += [name for name in VOCABULARIES if name in top]  # the first decides, the second is for other programs
     if INDEX in top:
         weights = _shards(index(), place, text_only)
+        if "model.safetensors" in top and not set(weights) <= set(names):  # joined later, the index forgotten
+            weights = ["model.safetensors"]
     elif "model.safetensors" in top:
         weights = ["model.safetensors"]
     if not weights:
@@ -108,13 +109,12 @@ def choose(
 
 def _shards(index: str, place: str, text_only: bool) -> list[str]:
     """The files that the text of an index names, without those that text_only never opens."""
-    try:
-        files: dict[str, str] = json.loads(index)["weight_map"]
-        return sorted({file for name, file in files.items() if not (text_only and is_vision(canonical_name(name)))})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{place}: {INDEX}", got="a broken index", want="weight_map", do="fetch it again"
-        ) from None
+    files = read_index(index, f"{place}: {INDEX}")
+    return sorted(
+        file
+        for file, names in files.items()
+        if not (text_only and all(is_vision(canonical_name(name)) for name in names))
+    )
 
 
 def _other_weights(

@@ -7,7 +7,6 @@ source.py, what is decided by looking into them to tuned.py and head.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..errors import CheckpointError, ConfigError, OptionError
 from ..gguf_header import GGUFHeader
 from ..model.gemma3 import Gemma3
 from ..prompt.tokenizer import Tokenizer
+from ..reading import read_json
 from ..visible import listed
 from . import gguf, gguf_config
 from .contents import Entry
@@ -211,16 +211,27 @@ def _without_tower(missing: Set[str], extra: Set[str], wanted: Iterable[str]) ->
     return ""
 
 
+_SAMPLING = {  # least, most, in words
+    "temperature": (0, 1e30, "a number from 0 on"),
+    "top_p": (1e-30, 1, "a number above 0, at most 1"),
+    "min_p": (0, 1, "a number from 0 to 1"),
+    "repetition_penalty": (1e-30, 1e30, "a number above 0"),
+    "top_k": (0, 2**31 - 1, "a whole number >= 0"),
+}
+
+
 def _read_generation(path: Path) -> dict[str, Any]:
     """generation_config.json, or nothing when there is none. eos_token_id becomes a tuple."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     values = {name: value for name, value in _read_object(path).items() if value is not None}
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-        if name in values and not _is_number(values[name]):
-            raise ConfigError(name, got=repr(values[name]), want=f"a number ({path.name})")
-    if "top_k" in values and not _is_id(values["top_k"]):
-        raise ConfigError("top_k", got=repr(values["top_k"]), want=f"a whole number >= 0 ({path.name})")
+    for name, (low, high, want) in _SAMPLING.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if not _is_number(value) or not low <= value <= high or (name == "top_k" and not isinstance(value, int)):
+            raise ConfigError(name, got=repr(value), want=f"{want} ({path.name})")
+        values[name] = value if name == "top_k" else float(value)
     if not isinstance(values.get("do_sample", False), bool):
         raise ConfigError("do_sample", got=repr(values["do_sample"]), want=f"true or false ({path.name})")
     if (eos := values.get("eos_token_id")) is not None:
@@ -240,10 +251,7 @@ def _gguf_generation(header: GGUFHeader) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}", got=error, want="a readable JSON file") from None
+    values = read_json(path, ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}", got=type(values).__name__, want="a JSON object")
     return values
