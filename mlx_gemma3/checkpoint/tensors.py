@@ -73,7 +73,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not raw.startswith(b"{"):
         raise _not_safetensors(path, size)
     entries = parse_json(raw, f"{path}: a damaged header", CheckpointError, want="a safetensors file")
-    found = [_tensor_info(path, name, entry, size, 8 + length) for name, entry in entries.items() if name != _METADATA]
+    found = [_tensor_info(path, name, entry, 8 + length) for name, entry in entries.items() if name != _METADATA]
     end = max((info.stop for info in found), default=8 + length)
     if end > size:
         raise CheckpointError(f"{path}", got=f"{size} bytes", want=f"{end}", do="it is cut off: fetch it again")
@@ -103,22 +103,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {info.name: info for info in found}
 
 
-def _tensor_info(path: Path, name: str, entry: Any, size: int, base: int) -> TensorInfo:
+def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     """One entry, its numbers within what a file can hold."""
-    dtype, shape, ends = map(entry.get, ("dtype", "shape", "data_offsets")) if isinstance(entry, dict) else [None] * 3
-    good = (
-        isinstance(dtype, str)
-        and isinstance(shape, list)
-        and len(shape) <= _MOST_AXES
-        and isinstance(ends, list)
-        and len(ends) == 2
-        and all(type(number) is int and 0 <= number < 1 << 60 for number in (*shape, *ends))
-    )
-    if not good or not ends[0] <= ends[1]:
+    values = entry if isinstance(entry, dict) else {}
+    dtype: Any = values.get("dtype")
+    shape: Any = values.get("shape")
+    ends: Any = values.get("data_offsets")
+    good = isinstance(dtype, str) and _are_counts(shape) and _are_counts(ends)
+    if not good or len(shape) > _MOST_AXES or len(ends) != 2 or ends[0] > ends[1]:
         raise CheckpointError(
             f"{path}: {name}", got="a damaged header", want="dtype, shape and data_offsets", do="fetch it again"
         )
     return TensorInfo(name, str(dtype), tuple(shape), base + ends[0], base + ends[1])
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 60 for value in values)
 
 
 def _not_safetensors(path: Path, size: int) -> CheckpointError:
