@@ -104,5 +104,5 @@ def check_memory(
 
 def _file_bytes(checkpoint: Checkpoint) -> int:
     if checkpoint.gguf is not None:
-        return sum(header.path.stat().st_size for header in checkpoint.gguf if header is not None)
+        return sum(header.nbytes for header in checkpoint.gguf if header is not None)
     return sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))

@@ -89,7 +89,7 @@ class Host:
         self.new_timeline()  # refuses bits that do not fit before the weights are read
         self.model.fuse(lambda: _check_open(closing))
         self.tokenizer = self.checkpoint.tokenizer()
-        self.processor = Processor(self.tokenizer, self.checkpoint.config)
+        self.processor = Processor(self.tokenizer, self.checkpoint.config, no_pictures=self.checkpoint.no_pictures)
         self.eos_ids = frozenset(self.checkpoint.config.eos_token_ids)  # of a completed text; see _ends
         self.features = FeatureCache()
         self.timelines: list[Timeline] = []  # the one used last stands last
