@@ -261,6 +261,22 @@ Written by `bench/gguf_scales.py`; do not edit. The command:
 
     python bench/gguf_scales.py
 
+## Which files
+
+A model in GGUF is one file, or several. `-m` takes the file, or its folder where only one model is in it.
+
+- **Parts** (`…-00001-of-00003.gguf`, as llama-gguf-split writes them): name any part, or the folder; all are read
+  together, and one that is missing is named. From the Hub, `owner/name/…-00001-of-00003.gguf` fetches them all.
+- **The vision part** (mmproj): a second file, known by what it says it is, whatever its name, in the model's folder or
+  one up; of several the one for this model that rounds least (bf16, f32, f16, others). When one is there that fits
+  another model only, a prompt with a picture says so.
+- **Ollama's files**: `sha256-…` without a suffix, known by their first bytes; text and vision in one file. Without a
+  chat template inside they complete text, with a note: a link called `…-it.gguf` makes them chat.
+- Statistics for quantising (imatrix), LoRA adapters and vision parts are no models, and say what they are. A vocabulary
+  of kind `gpt2` (converted without tokenizer.model) is not Gemma's: take another file of the model.
+
+`convert` reads the same files, and compares what is there with the model before it writes anything.
+
 ## What becomes of each type
 
 A `.gguf` file runs packed: a matrix keeps its codes of few bits, in MLX's affine groups of 32, and takes no float32

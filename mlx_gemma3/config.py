@@ -11,28 +11,61 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from .arguments import takes
 from .errors import ConfigError
+from .reading import read_json
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 
-# A key that we do not know is refused when its name holds one of these words and its value is set:
-# ignoring it would change the answer. Any other unknown key (bookkeeping of a training tool) is let pass.
-_SEMANTIC_WORDS = (
-    "act attention attn bias conv embed expert head hidden intermediate layer moe norm pool rope rotary "
-    "scal softcap theta token_index token_id vocab window"
-).split()
+# What a size may be: far beyond any Gemma 3, and small enough that a file which claims it does no harm. Asked before
+# anything is made from it, whatever the file was (config.json or GGUF).
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "vocab_size": (1, 1 << 22),
+    "hidden_size": (1, 1 << 16),
+    "intermediate_size": (1, 1 << 19),
+    "num_hidden_layers": (1, 1 << 10),
+    "num_attention_heads": (1, 1 << 10),
+    "num_key_value_heads": (1, 1 << 10),
+    "head_dim": (2, 1 << 12),
+    "sliding_window": (1, 1 << 20),
+    "max_position_embeddings": (1, 1 << 24),
+    "query_pre_attn_scalar": (1e-6, 1e9),
+    "rope_theta": (1e-3, 1e15),
+    "rope_scale": (1e-6, 1e9),
+    "rope_local_theta": (1e-3, 1e15),
+    "rms_norm_eps": (1e-30, 1),
+    "image_size": (1, 1 << 13),
+    "patch_size": (1, 1 << 13),
+    "layer_norm_eps": (1e-30, 1),
+    "mm_tokens_per_image": (1, 1 << 16),
+}
+_MOST_PATCHES = 1 << 9  # of a side: the scores of one head are as many, to the fourth power
 
+# A key that we do not know is refused when its name holds one of these words and its value says something: ignoring it
+# would change the answer. Any other unknown key (bookkeeping of a training tool) is let pass.
+_SEMANTIC_WORDS = frozenset(
+    "act activation activations attention attn bias biases conv embed embedding embeddings expert experts head heads "
+    "hidden intermediate kv layer layers moe norm norms pool pooling query rescale rope rotary scalar scale scaled "
+    "scaling softcap softcapping theta vocab vocabulary window windows".split()
+)
+_SEMANTIC_PAIRS = frozenset((("token", "index"), ("token", "id"), ("token", "ids")))
+# A key with one of these words is about training or bookkeeping, whatever else it says.
+_HARMLESS_WORDS = frozenset(
+    "cache checkpointing coef decay drop dropout dropped grad gradient implementation init initializer initialized "
+    "label labels loss lora lr noise optimizer original output outputs padded pdrop pruned rate return std train "
+    "trainable training unsloth wd".split()
+)
 # Keys with such a word that do not change what the model computes.
 _INERT = frozenset(
-    "add_cross_attention attention_dropout attn_implementation bos_token_id cross_attention_hidden_size "
-    "decoder_start_token_id eos_token_id forced_bos_token_id forced_eos_token_id hidden_dropout output_attentions "
-    "output_hidden_states pad_token_id pruned_heads sep_token_id".split()
+    "add_cross_attention bos_token_id cross_attention_hidden_size decoder_start_token_id eos_token_id "
+    "forced_bos_token_id forced_eos_token_id pad_token_id sep_token_id".split()
 )
 
 
@@ -60,14 +93,9 @@ class TextConfig:
         return self.layer_types[layer] == GLOBAL
 
     def __post_init__(self) -> None:
-        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "hidden_size"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("intermediate_size", "num_hidden_layers", "sliding_window", "max_position_embeddings"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("query_pre_attn_scalar", "rope_theta", "rope_scale", "rope_local_theta", "rms_norm_eps"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(name, got=value, want="a number > 0 (config.json)")
+        for one in fields(self):
+            if one.name != "layer_types":
+                _within(one.name, getattr(self, one.name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 "num_key_value_heads",
@@ -105,15 +133,19 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            _at_least(f"vision_config.{name}", getattr(self, name), 1)
-        for name in ("image_size", "patch_size"):
-            _at_least(f"vision_config.{name}", getattr(self, name), 1)
+        for one in fields(self):
+            _within(one.name, getattr(self, one.name), "vision_config.")
         if self.image_size % self.patch_size:
             raise ConfigError(
                 "vision_config.image_size",
                 got=self.image_size,
                 want=f"a multiple of patch_size {self.patch_size} (config.json)",
+            )
+        if self.grid > _MOST_PATCHES:
+            raise ConfigError(
+                "vision_config.patch_size",
+                got=f"{self.grid} patches on a side",
+                want=f"at most {_MOST_PATCHES} (config.json)",
             )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
@@ -144,8 +176,13 @@ class Config:
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        rows = self.text.vocab_size
+        for name, token in (("pad_token_id", self.pad_token_id), ("bos_token_id", self.bos_token_id)):
+            if not 0 <= token < rows:
+                raise ConfigError(name, got=token, want=f"an id below vocab_size {rows} (config.json)")
         if self.vision is None:
             return
+        _within("mm_tokens_per_image", self.mm_tokens_per_image)
         side = math.isqrt(self.mm_tokens_per_image)
         if side < 1 or side * side != self.mm_tokens_per_image or self.vision.grid % side:
             raise ConfigError(
@@ -169,12 +206,7 @@ class Config:
             ConfigError: missing or broken file, another model, or a setting that this package does not compute.
         """
         path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}", got="no such file", want="a config.json") from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}", got=error, want="a readable JSON file") from None
+        values = read_json(path, ConfigError, want="a config.json")
         if not isinstance(values, dict):
             raise ConfigError(f"{path}", got=type(values).__name__, want="a JSON object")
         return cls.from_dict(values)
@@ -203,15 +235,7 @@ class Config:
         _refuse_unknown(values, _TEXT_KEYS | _TOP_KEYS, "")
         _refuse_unknown(text_values, _TEXT_KEYS | _TOP_KEYS, "text_config." if nested else "")
 
-        quantization = values.get("quantization") or values.get("quantization_config")
-        if quantization is not None and ("bits" not in quantization or "quant_method" in quantization):
-            raise ConfigError(
-                "quantization_config",
-                got=quantization.get("quant_method", "no bits"),
-                want="MLX's own (group_size and bits), or none",
-                do="convert the unquantised checkpoint instead",
-            )
-        tied = values.get("tie_word_embeddings", text_values.get("tie_word_embeddings", True))
+        tied = values if values.get("tie_word_embeddings") is not None else text_values
         return cls(
             text=_read_text(text_values),
             vision=_read_vision(vision_values) if vision_values is not None else None,
@@ -222,8 +246,8 @@ class Config:
             bos_token_id=_either(values, "bos_token_id", "bos_token_id", text_values.get("bos_token_id", 2)),
             pad_token_id=_either(values, "pad_token_id", "pad_token_id", text_values.get("pad_token_id", 0)),
             eos_token_ids=_eos_ids(values.get("eos_token_id", text_values.get("eos_token_id"))),
-            tie_word_embeddings=bool(tied),
-            quantization=quantization,
+            tie_word_embeddings=_switch(tied, "tie_word_embeddings", True),
+            quantization=_read_quantization(values),
         )
 
 
@@ -232,7 +256,7 @@ _TEXT_KEYS = frozenset(
     "query_pre_attn_scalar sliding_window sliding_window_pattern _sliding_window_pattern layer_types rope_theta "
     "rope_local_base_freq rope_global_base_freq rope_traditional rope_scaling rope_parameters rms_norm_eps "
     "max_position_embeddings hidden_activation attention_bias attn_logit_softcapping final_logit_softcapping "
-    "use_bidirectional_attention tie_word_embeddings".split()
+    "use_bidirectional_attention tie_word_embeddings hidden_act".split()
 )
 _VISION_KEYS = frozenset(
     "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size layer_norm_eps "
@@ -249,12 +273,15 @@ def _read_text(values: Mapping[str, Any]) -> TextConfig:
         raise ConfigError("text_config.model_type", got=repr(kind), want="'gemma3_text' (config.json)")
     # What the reference would compute differently, and we would not: refused, not ignored.
     _only(values, "hidden_activation", "gelu_pytorch_tanh")
+    if values.get("hidden_activation") is None:  # the older name; beside the newer one nobody reads it
+        _only(values, "hidden_act", "gelu_pytorch_tanh")
     _only(values, "attention_bias", False)
     _only(values, "attn_logit_softcapping", None)
     _only(values, "final_logit_softcapping", None)
     _only(values, "use_bidirectional_attention", False)
     _only(values, "rope_traditional", False)
     layers = _number(values, "num_hidden_layers")
+    _within("num_hidden_layers", layers)  # before as many are listed
     theta, scale, local_theta = _read_rope(values)
     return TextConfig(
         vocab_size=_number(values, "vocab_size", 262208),
@@ -273,6 +300,44 @@ def _read_text(values: Mapping[str, Any]) -> TextConfig:
         rms_norm_eps=_real(values, "rms_norm_eps", 1e-6),
         max_position_embeddings=_number(values, "max_position_embeddings", 131072),
     )
+
+
+def _read_quantization(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What MLX writes: bits, group_size and mode for all, and an entry, or false, by module name."""
+    name = "quantization" if values.get("quantization") else "quantization_config"
+    said = values.get(name)
+    if not said and isinstance(said, dict | None):
+        return None
+    if not isinstance(said, Mapping):
+        raise ConfigError(name, got=repr(said), want="an object (config.json)")
+    method = said.get("quant_method", "mlx")
+    if "bits" not in said or method != "mlx":
+        raise ConfigError(
+            "quantization_config",
+            got=method if method != "mlx" else "no bits",
+            want="MLX's own (group_size and bits), or none",
+            do="convert the unquantised checkpoint instead",
+        )
+    _check_entry(name, said)
+    for path, entry in said.items():
+        if isinstance(entry, Mapping):
+            _check_entry(f"{name}.{path}", entry)
+        elif path not in _ENTRY and not isinstance(entry, bool | str | None):
+            raise ConfigError(f"{name}.{path}", got=repr(entry), want="an object, or false (config.json)")
+    return said
+
+
+_ENTRY = ("bits", "group_size", "mode", "quantize_input")
+
+
+def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
+    for key in ("bits", "group_size"):
+        value = entry.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise ConfigError(f"{name}.{key}", got=repr(value), want="a whole number (config.json)")
+    if not isinstance(mode := entry.get("mode"), str | None):
+        raise ConfigError(f"{name}.mode", got=repr(mode), want="a text (config.json)")
+    _switch(entry, "quantize_input", False, f"{name}.")
 
 
 def _read_layer_types(values: Mapping[str, Any], layers: int) -> tuple[str, ...]:
@@ -298,15 +363,37 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[float, float, float]:
         theta = _real(values, "rope_theta", _real(values, "rope_global_base_freq", 1_000_000.0))  # mlx-vlm's name
         local_theta = _real(values, "rope_local_base_freq", 10_000.0)
         return theta, _rope_scale(values.get("rope_scaling"), "rope_scaling"), local_theta
+    if isinstance(parameters, Mapping) and parameters and not set(parameters) & {GLOBAL, LOCAL}:
+        return _read_flat_rope(values, parameters)
     if not isinstance(parameters, Mapping) or set(parameters) - {GLOBAL, LOCAL}:
         raise ConfigError(
             "rope_parameters", got=repr(parameters), want=f"an object with {GLOBAL} and {LOCAL} (config.json)"
         )
     far, near = (parameters.get(kind) or {} for kind in (GLOBAL, LOCAL))
+    for kind, one in ((GLOBAL, far), (LOCAL, near)):
+        if not isinstance(one, Mapping):
+            raise ConfigError(f"rope_parameters.{kind}", got=repr(one), want="an object (config.json)")
     if (scale := _rope_scale(near, f"rope_parameters.{LOCAL}")) != 1.0:
         raise ConfigError(f"rope_parameters.{LOCAL}.factor", got=scale, want="no scaling (config.json)")
     theta, local_theta = _real(far, "rope_theta", 1_000_000.0), _real(near, "rope_theta", 10_000.0)
     return theta, _rope_scale(far, f"rope_parameters.{GLOBAL}"), local_theta
+
+
+_ROPE_KEYS = frozenset(("rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings"))
+
+
+def _read_flat_rope(values: Mapping[str, Any], parameters: Mapping[str, Any]) -> tuple[float, float, float]:
+    """`rope_parameters` without the two kinds of layers: the reference passes it over, so it may say nothing else."""
+    used = _read_rope({name: value for name, value in values.items() if name != "rope_parameters"})
+    flat = _real(parameters, "rope_theta", used[0]), _rope_scale(parameters, "rope_parameters")
+    if flat != used[:2]:
+        raise ConfigError(
+            "rope_parameters",
+            got=repr(dict(parameters)),
+            want=f"an object with {GLOBAL} and {LOCAL} (config.json)",
+            do="the reference reads nothing else",
+        )
+    return used
 
 
 def _rope_scale(values: Any, name: str) -> float:
@@ -315,11 +402,11 @@ def _rope_scale(values: Any, name: str) -> float:
     if not isinstance(values, Mapping):
         raise ConfigError(name, got=repr(values), want="an object or null (config.json)")
     kind = values.get("rope_type", values.get("type", "default"))
-    if unknown := set(values) - {"rope_type", "type", "factor", "rope_theta"}:
+    if unknown := set(values) - _ROPE_KEYS:
         raise ConfigError(f"{name}.{min(unknown)}", got="an unknown setting", want="rope_type and factor (config.json)")
     if kind == "default":
         return 1.0
-    if kind != "linear":
+    if not isinstance(kind, str) or kind != "linear":
         raise ConfigError(f"{name}.rope_type", got=repr(kind), want="'linear' or 'default' (config.json)")
     return _real(values, "factor")
 
@@ -344,9 +431,7 @@ def _read_vision(values: Mapping[str, Any]) -> VisionConfig:
 
 def _refuse_unknown(values: Mapping[str, Any], known: frozenset[str], prefix: str) -> None:
     for name, value in values.items():
-        if name in known or name in _INERT or name.startswith("_") or value is None or value is False:
-            continue
-        if any(word in name for word in _SEMANTIC_WORDS):
+        if name not in known and _matters(str(name), value):
             raise ConfigError(
                 f"{prefix}{name}",
                 got=repr(value),
@@ -355,10 +440,30 @@ def _refuse_unknown(values: Mapping[str, Any], known: frozenset[str], prefix: st
             )
 
 
+def _matters(name: str, value: Any) -> bool:
+    """Whether a key that nobody here knows could change what is computed: by its words, and unless its value is off."""
+    if name in _INERT or name.startswith("_") or value is None or value in (False, 0, "", [], {}):
+        return False
+    words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
+    if _HARMLESS_WORDS.intersection(words):
+        return False
+    return not _SEMANTIC_WORDS.isdisjoint(words) or not _SEMANTIC_PAIRS.isdisjoint(pairwise(words))
+
+
 def _only(values: Mapping[str, Any], name: str, want: object) -> None:
-    got = values.get(name, want)
-    if got != want or (isinstance(want, bool) and not isinstance(got, bool)):
-        raise ConfigError(name, got=json.dumps(got), want=f"{json.dumps(want)} (config.json)")
+    """A setting that the reference computes and we do not: absent, null, or the one value that we do."""
+    got = values.get(name)
+    if got is not None and (got != want or isinstance(got, bool) != isinstance(want, bool)):
+        raise ConfigError(name, got=json.dumps(got)[:80], want=f"{json.dumps(want)} (config.json)")
+
+
+def _switch(values: Mapping[str, Any], name: str, default: bool, prefix: str = "") -> bool:
+    value = values.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConfigError(f"{prefix}{name}", got=repr(value), want="true or false (config.json)")
+    return value
 
 
 def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -383,7 +488,10 @@ def _real(values: Mapping[str, Any], name: str, default: float | None = None) ->
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(name, got="nothing" if value is None else repr(value), want="a number (config.json)")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(name, got="more than a float can hold", want="a number (config.json)") from None
 
 
 def _either(values: Mapping[str, Any], old: str, new: str, default: int) -> int:
@@ -395,7 +503,7 @@ def _eos_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return (1, 106)
     ids = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not ids or any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+    if not ids or any(type(token) is not int or not 0 <= token < 1 << 31 for token in ids):
         raise ConfigError("eos_token_id", got=repr(value), want="an id or a list of ids (config.json)")
     return ids
 
@@ -403,3 +511,10 @@ def _eos_ids(value: Any) -> tuple[int, ...]:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(name, got=value, want=f">= {least} (config.json)")
+
+
+def _within(name: str, value: float, prefix: str = "") -> None:
+    """Refuse a size that no model has."""
+    low, high = BOUNDS[name]
+    if not low <= value <= high:
+        raise ConfigError(f"{prefix}{name}", got=value, want=f"{low:,} to {high:,} (config.json)")

@@ -15,8 +15,9 @@ from collections.abc import Iterable
 
 MOST = 300  # characters of other people's names in one message
 
-# C0 but tab and newline, DEL, C1, lone surrogates (bytes of a path that are not UTF-8), and the direction overrides
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# C0 but tab and newline, DEL, C1, lone surrogates (bytes of a path that are not UTF-8), the direction overrides, the
+# byte order mark
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
 def visible(text: str) -> str:

@@ -263,3 +263,74 @@ def test_from_file(tmp_path: Path) -> None:
     assert Config.from_file(path) == Config.from_dict(HUB_4B)
     with pytest.raises(ConfigError, match="no such file"):
         Config.from_file(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {"use_bidirectional_attention": None, "attention_bias": None, "attn_logit_softcapping": None},
+        {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"},
+        {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None},
+        {"attention_dropout": 0.0, "hidden_dropout_prob": 0.1, "embd_pdrop": 0.0},
+        {"embedding_lr": 1e-5, "layerwise_lr_decay": 0.9, "neftune_noise_alpha": 5, "z_loss_scale": 0.1},
+        {"properties": {"a": 1}, "exact_match": True, "contact": "her", "fact": 3, "postscalar": 1},
+        {"num_experts": 0, "mlp_bias": False, "window_layers": [], "rope_extra": None, "attnImplementation": "sdpa"},
+        {"vocab_size_padded": True, "original_vocab_size": 512, "output_attentions": True},
+        {"rope_scaling": {"rope_type": "default", "original_max_position_embeddings": 8192}},
+        {"quantization": {}, "quantization_config": None},
+    ],
+)
+def test_what_changes_nothing_is_passed_over(values: dict[str, Any]) -> None:
+    plain = Config.from_dict(TEXT_1B | {"rope_scaling": None, "hidden_activation": "gelu_pytorch_tanh"})
+    own = {"rope_scaling": None, "hidden_activation": "gelu_pytorch_tanh"} | values
+    assert Config.from_dict(TEXT_1B | own) == plain
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_parameters"),
+        ({"rope_parameters": 7}, "rope_parameters"),
+        ({"rope_parameters": {"full_attention": 7}}, "rope_parameters.full_attention"),
+        ({"hidden_act": "silu", "hidden_activation": None}, "hidden_act"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ({"attention_bias": "false"}, "attention_bias"),
+        ({"use_bidirectional_attention": 0}, "use_bidirectional_attention"),
+        ({"kv_sharing_window": 3}, "kv_sharing_window"),
+        ({"ropeFactor": 3}, "ropeFactor"),
+        ({"extra_token_id": 3}, "extra_token_id"),
+        ({"pad_token_id": 10**7}, "pad_token_id"),
+        ({"pad_token_id": -1}, "pad_token_id"),
+        ({"eos_token_id": [-1]}, "eos_token_id"),
+        ({"quantization": 4}, "quantization"),
+        ({"quantization": {"bits": "4", "group_size": 64}}, "quantization.bits"),
+        ({"quantization": {"bits": 4, "group_size": 64, "model.norm": 3}}, "quantization.model.norm"),
+        ({"quantization": {"bits": 4, "group_size": 64, "model.a": {"bits": [4]}}}, "quantization.model.a.bits"),
+        ({"sliding_window": 10**9}, "sliding_window"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"hidden_size": 2**31}, "hidden_size"),
+        ({"vocab_size": 2**63}, "vocab_size"),
+        ({"rms_norm_eps": 1e300}, "rms_norm_eps"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"head_dim": 10**6}, "head_dim"),
+    ],
+)
+def test_values_that_say_something_else_or_that_no_model_has(values: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_dict(TEXT_1B | values)
+    assert str(caught.value).startswith(f"{name}:") and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"layer_norm_eps": 0}, "layer_norm_eps"),
+        ({"image_size": 10**6}, "image_size"),
+        ({"image_size": 8192, "patch_size": 1}, "patch_size"),
+        ({"num_hidden_layers": 10**8}, "num_hidden_layers"),
+    ],
+)
+def test_towers_that_no_model_has(values: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"vision_config.{name}"):
+        Config.from_dict(HUB_4B | {"vision_config": HUB_4B["vision_config"] | values})

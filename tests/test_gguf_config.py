@@ -91,26 +91,71 @@ def test_refused_settings(tmp_path: Path) -> None:
     assert "num_key_value_heads: got 3" in refused({"gemma3.attention.head_count_kv": 3})
 
 
-@pytest.mark.parametrize(("architecture", "words"), [("llama", "runs Gemma 3 only"), ("clip", "text model beside it")])
-def test_another_architecture_is_refused(architecture: str, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "kind", "words"),
+    [
+        ("llama", None, "got 'llama', want 'gemma3'; this program runs Gemma 3 only"),
+        ("clip", None, "the vision part of a model (mmproj), want a Gemma 3 text model; give the text model beside it"),
+        ("gemma3", "adapter", "a LoRA adapter, want a Gemma 3 text model; merge it into its base model"),
+        ("gemma3", "imatrix", "statistics for quantising"),
+        ("gemma3", "mmproj", "the vision part"),
+    ],
+)
+def test_what_is_no_model_says_what_it_is(architecture: str, kind: str | None, words: str, tmp_path: Path) -> None:
     tensors = {"language_model.embed_tokens.weight": np.zeros((8, 32), np.float32)}
-    path = tiny_gguf.write_gguf_file(tmp_path / "model.gguf", architecture, {}, tensors, "F32")
-    message = error_of(lambda: open_checkpoint(Source("x", path)), ConfigError)
-    assert f"got '{architecture}', want 'gemma3'; " in message and words in message
+    path = tiny_gguf.write_gguf_file(tmp_path / "model.gguf", architecture, {"general.type": kind}, tensors, "F32")
+    with pytest.raises(Gemma3Error) as caught:
+        open_checkpoint(Source("x", path))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"gemma3.block_count": [3, 4]}, "gemma3.block_count"),
+        ({"gemma3.block_count": "8"}, "gemma3.block_count"),
+        ({"gemma3.embedding_length": 64.5}, "gemma3.embedding_length"),
+        ({"gemma3.rope.scaling.type": [1]}, "gemma3.rope.scaling.type"),
+        ({"gemma3.attention.head_count_kv": [1, 2]}, "gemma3.attention.head_count_kv"),
+        ({"tokenizer.ggml.eos_token_id": ["a"]}, "tokenizer.ggml.eos_token_id"),
+        ({"general.alignment": 3}, "general.alignment"),
+        ({"general.alignment": [32]}, "general.alignment"),
+        ({"gemma3.attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"gemma3.attention.scale": 0.9}, "attention.scale"),
+        ({"gemma3.block_count": 10**9}, "num_hidden_layers"),
+        ({"gemma3.attention.sliding_window": 10**9}, "sliding_window"),
+    ],
+)
+def test_a_setting_of_another_type_or_range_is_named(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
+    with pytest.raises(Gemma3Error) as caught:
+        config_of(tmp_path, settings)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layers"),
+    [(2, [0, 1] * 4), ([True, True, False, True] * 2, [0, 0, 1, 0] * 2), (None, [0, 0, 0, 0, 0, 1, 0, 0])],
+)
+def test_the_pattern_of_local_layers_is_read(pattern: Any, layers: list[int], tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"gemma3.attention.sliding_window_pattern": pattern})
+    assert [kind == GLOBAL for kind in config.text.layer_types] == list(map(bool, layers))
 
 
 def test_the_vision_file_that_fits_and_rounds_least(tmp_path: Path) -> None:
     tensors = tiny.random_tensors(IMAGE)
     header = GGUFHeader.read(tiny_gguf.write_gguf(tmp_path / "model.gguf", IMAGE, tensors))
-    assert gguf_config.find_projector(header) is None
+    assert gguf_config.find_projector(header) == (None, "")
     wider = tiny.image_config(hidden_size=96)
     tiny_gguf.write_mmproj(tmp_path / "mmproj-other-BF16.gguf", wider, tiny.random_tensors(wider))
     tiny_gguf.write_mmproj(tmp_path / "mmproj-llava.gguf", IMAGE, tensors, settings={"clip.projector_type": "mlp"})
-    assert gguf_config.find_projector(header) is None
+    assert gguf_config.find_projector(header) == (None, "mmproj-other-BF16.gguf is the vision part of another model")
     for name in ("mmproj-Q8_0.gguf", "gemma-3-4b-it-mmproj-F16.gguf", "mmproj-F32.gguf", "mmproj-BF16.gguf"):
         tiny_gguf.write_mmproj(tmp_path / name, IMAGE, tensors)
-        found = gguf_config.find_projector(header)
+        found, _ = gguf_config.find_projector(header)
         assert found is not None and found.path.name == name
+    deep = GGUFHeader.read(tiny_gguf.write_gguf(tmp_path / "Q8_0" / "model.gguf", IMAGE, tensors))
+    above, _ = gguf_config.find_projector(deep)  # one folder up
+    assert above is not None and above.path.name == "mmproj-BF16.gguf"
 
 
 def test_instruct_and_generation(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import mlx.core as mx
 import numpy as np
+import tiny_tokenizer
 from tiny import Tensors
 
 from mlx_gemma3.checkpoint.gguf import GGUFStore
@@ -25,6 +26,7 @@ from mlx_gemma3.checkpoint.load import fitted_model, open_checkpoint
 from mlx_gemma3.checkpoint.source import Source
 from mlx_gemma3.config import Config
 from mlx_gemma3.model.gemma3 import Gemma3
+from mlx_gemma3.prompt.vocabulary import CONTROL_NAMES
 
 SHIFTED = re.compile(r"language_model\..*norm\.weight|mm_soft_emb_norm")  # stored as 1 + w
 
@@ -255,3 +257,105 @@ def plain_model(store: GGUFStore, config: Config) -> Gemma3:
     model = fitted_model(config, tensors, where=Path())
     model.load_weights(list(tensors.items()))
     return model
+
+
+def vocabulary_settings(pieces: Sequence[str]) -> dict[str, Any]:
+    """The settings of a SentencePiece vocabulary, as llama.cpp's converter writes them."""
+    kinds = [
+        6 if re.fullmatch(r"<0x..>", piece)
+        else 3 if piece in CONTROL_NAMES
+        else 4 if piece in tiny_tokenizer.PLACES.values() or piece.startswith("<unused")
+        else 1
+        for piece in pieces
+    ]  # fmt: skip
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.tokens": list(pieces),
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [float(-place) for place in range(len(pieces))],
+        "tokenizer.ggml.bos_token_id": 2,
+    }
+
+
+def split(path: Path, folder: Path, count: int, *, empty_first: bool = False) -> list[Path]:
+    """The file in `count` parts as llama-gguf-split writes it; `empty_first`: and one before them without tensors."""
+    folder.mkdir(parents=True)
+    reader = gguf.GGUFReader(path)
+    tensors = list(reader.tensors)
+    groups = [tensors[len(tensors) * n // count : len(tensors) * (n + 1) // count] for n in range(count)]
+    groups = [[], *groups] if empty_first else groups
+    paths = []
+    for number, group in enumerate(groups):
+        paths.append(folder / f"{path.stem}-{number + 1:05}-of-{len(groups):05}.gguf")
+        writer = gguf.GGUFWriter(paths[-1], "gemma3")
+        if number:
+            del writer.kv_data[0]["general.architecture"]
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", len(groups))
+        writer.add_int32("split.tensors.count", len(tensors))
+        for field in reader.fields.values() if not number else ():
+            if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                kinds = field.types
+                writer.add_key_value(field.name, field.contents(), kinds[0], sub_type=kinds[-1] if kinds[1:] else None)
+        for tensor in group:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        _close(writer)
+    return paths
+
+
+_OLLAMA = {
+    "self_attn.out_proj": "attn_output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+}
+
+
+def write_ollama(text: Path, path: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
+    """Both parts in one file, the vision part under the names and settings of Ollama's converter."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reader, vision = gguf.GGUFReader(text), config["vision_config"]
+    writer = gguf.GGUFWriter(path, "gemma3")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kinds = field.types
+            writer.add_key_value(field.name, field.contents(), kinds[0], sub_type=kinds[-1] if kinds[1:] else None)
+    for key, value in (
+        ("vision.block_count", vision["num_hidden_layers"]),
+        ("vision.embedding_length", vision["hidden_size"]),
+        ("vision.feed_forward_length", vision["intermediate_size"]),
+        ("vision.image_size", vision["image_size"]),
+        ("vision.patch_size", vision["patch_size"]),
+        ("vision.num_channels", 3),
+        ("vision.attention.head_count", vision["num_attention_heads"]),
+        ("mm.tokens_per_image", config["mm_tokens_per_image"]),
+    ):
+        writer.add_uint32(f"gemma3.{key}", value)
+    writer.add_float32("gemma3.vision.attention.layer_norm_epsilon", 1e-6)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    for name, array in tensors.items():
+        if name.startswith(("vision_", "multi_modal_")):
+            stored = array + np.float32(1) if SHIFTED.search(name) else array
+            kind = gguf_type("F16", name, array)
+            raw = stored if kind.name == "F32" else gguf_blocks(kind, name, stored)
+            writer.add_tensor(_ollama_name(name), np.ascontiguousarray(raw), raw_dtype=kind)
+    _close(writer)
+    return path
+
+
+def _ollama_name(name: str) -> str:
+    if name.startswith("multi_modal_projector."):
+        return name.replace("multi_modal_projector", "mm").replace("projection_weight", "projection.weight")
+    name = name.replace("vision_tower.embeddings", "v").replace("vision_tower", "v").replace("encoder.layers", "blk")
+    for ours, theirs in _OLLAMA.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _close(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

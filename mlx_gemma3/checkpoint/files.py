@@ -5,17 +5,17 @@ Knows names and the index of shards; opens no weights, knows nothing of the netw
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, Gemma3Error, SourceError, SourceNotFound
+from ..gguf_header import part_names
 from ..prompt.vocabulary import VOCABULARIES
 from ..reading import parse_json
 from ..visible import listed
-from .tensors import INDEX, canonical_name, is_vision
+from .tensors import INDEX, canonical_name, is_vision, read_index
 
 CONFIG_FILES = (
     "config.json generation_config.json preprocessor_config.json processor_config.json added_tokens.json "
@@ -58,11 +58,13 @@ def choose(
     text_only: bool,
     index: Callable[[], str],
     adapter: Callable[[], str] = lambda: "",
+    kind: Callable[[str], str] | None = None,
 ) -> Plan:
     """Choose among the files of a place.
 
     Safetensors before GGUF, of those the ones that `tensors.shards` reads; `index` gives the text of the index,
-    `adapter` that of an adapter_config.json, where it is at hand.
+    `adapter` that of an adapter_config.json, where it is at hand. `kind` tells what a .gguf is (gguf_config.kind_of);
+    None goes by the names.
 
     Raises:
         SourceNotFound: `wanted`, a .gguf by name, is not there.
@@ -72,8 +74,9 @@ def choose(
     """
     top = {name for name in names if "/" not in name}
     weights = sorted(name for name in top if name.startswith("model") and name.endswith(".safetensors"))
-    towers = sorted(name for name in names if is_gguf(name) and _is_tower(name))
-    ggufs = sorted(name for name in names if is_gguf(name) and not _is_tower(name))
+    kinds = {name: (kind or _kind_by_name)(name) for name in names if is_gguf(name)}
+    towers = sorted(name for name, what in kinds.items() if what == "vision")
+    ggufs = sorted({first_part(name) for name, what in kinds.items() if what == "model"} or kinds)
     if wanted and wanted not in names:
         raise SourceNotFound(f"{place}/{wanted}", got="no such file", want=listed(ggufs) or "a .gguf")
     if not wanted and not weights and INDEX not in top and ggufs:
@@ -86,9 +89,15 @@ def choose(
             )
         wanted = ggufs[0]
     if wanted:
-        beside = [name for name in towers if name.rpartition("/")[0] == wanted.rpartition("/")[0]]
+        wanted = first_part(wanted)
+        folder = wanted.rpartition("/")[0]
+        parts = [f"{folder}/{name}" if folder else name for name in part_names(wanted.rpartition("/")[2]) or ()]
+        if absent := [name for name in parts if name not in names]:
+            raise CheckpointError(place, got=f"no {listed(absent)}", want=f"all {len(parts)} parts of the model")
+        beside = [name for name in towers if name.rpartition("/")[0] == folder]
+        beside = beside or [name for name in towers if name.rpartition("/")[0] == folder.rpartition("/")[0]]
         beside.sort(key=lambda name: [kind not in name.lower() for kind in ("bf16", "f32", "f16")])  # as gguf.py
-        return Plan((tuple(beside[: not text_only]), (wanted,)), wanted)
+        return Plan((tuple(beside[: not text_only]), tuple(parts or [wanted])), wanted)
     if not weights and INDEX not in top and (refusal := _other_weights(place, top, adapter)) is not None:
         raise refusal
     if "config.json" not in top:
@@ -97,6 +106,8 @@ def choose(
     small += [name for name in VOCABULARIES if name in top]  # the first decides, the second is for other programs
     if INDEX in top:
         weights = _shards(index(), place, text_only)
+        if "model.safetensors" in top and not set(weights) <= set(names):  # joined later, the index forgotten
+            weights = ["model.safetensors"]
     elif "model.safetensors" in top:
         weights = ["model.safetensors"]
     if not weights:
@@ -108,13 +119,12 @@ def choose(
 
 def _shards(index: str, place: str, text_only: bool) -> list[str]:
     """The files that the text of an index names, without those that text_only never opens."""
-    try:
-        files: dict[str, str] = json.loads(index)["weight_map"]
-        return sorted({file for name, file in files.items() if not (text_only and is_vision(canonical_name(name)))})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{place}: {INDEX}", got="a broken index", want="weight_map", do="fetch it again"
-        ) from None
+    files = read_index(index, f"{place}: {INDEX}")
+    return sorted(
+        file
+        for file, names in files.items()
+        if not (text_only and all(is_vision(canonical_name(name)) for name in names))
+    )
 
 
 def _other_weights(
@@ -153,6 +163,13 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(".gguf")
 
 
-def _is_tower(name: str) -> bool:
-    """Whether a .gguf holds the vision tower: llama.cpp keeps it in a file of its own, called mmproj…"""
-    return "mmproj" in name.rpartition("/")[2].lower()
+def first_part(name: str) -> str:
+    """The name of the first file of a split GGUF; any other name as it is."""
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{(part_names(file) or [file])[0]}"
+
+
+def _kind_by_name(name: str) -> str:
+    """What a .gguf is that cannot be looked into: llama.cpp calls the file of the vision tower mmproj…"""
+    file = name.rpartition("/")[2].lower()
+    return next((what for word, what in (("mmproj", "vision"), ("imatrix", "imatrix")) if word in file), "model")

@@ -30,5 +30,5 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def _files(checkpoint: Checkpoint) -> list[Path]:
     if checkpoint.gguf is not None:
-        return [header.path for header in checkpoint.gguf if header is not None]
+        return list(dict.fromkeys(path for header in checkpoint.gguf if header is not None for path, _ in header.files))
     return [path for path in shards(checkpoint.path) if path.exists()]

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,11 @@ _VISION_PARTS = {
     "ln2": "layer_norm2",
     "ffn_up": "mlp.fc1",
     "ffn_down": "mlp.fc2",
+    "attn_output": "self_attn.out_proj",
+    "layer_norm1": "layer_norm1",
+    "layer_norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
 }
 _WHOLE = {
     "token_embd": "language_model.embed_tokens",
@@ -59,6 +65,11 @@ _WHOLE = {
     "v.position_embd": "vision_tower.embeddings.position_embedding",
     "v.post_ln": "vision_tower.post_layernorm",
     "mm.soft_emb_norm": "multi_modal_projector.mm_soft_emb_norm",
+    # as Ollama's converter calls them, in one file with the text
+    "v.patch_embedding": "vision_tower.embeddings.patch_embedding",
+    "v.position_embedding": "vision_tower.embeddings.position_embedding",
+    "v.post_layernorm": "vision_tower.post_layernorm",
+    "mm.mm_soft_emb_norm": "multi_modal_projector.mm_soft_emb_norm",
 }
 _ID_ROWS = ("language_model.embed_tokens.weight", "lm_head.weight")  # a row for each id
 _PROJECTION = "multi_modal_projector.mm_input_projection_weight"
@@ -138,7 +149,7 @@ class GGUFStore:
                     continue
                 if name in self._places:
                     raise CheckpointError(f"{part.path}: {tensor.name}", got="two of them", want="each tensor once")
-                self._places[name] = _Place(part.path, tensor, kind)
+                self._places[name] = _Place(tensor.path, tensor, kind)
                 packing = kind.packing if _is_matrix(name, tensor.shape) and (kind.exact or not exact) else None
                 nbytes = math.prod(tensor.shape) // kind.values * kind.nbytes
                 entries.append(Entry(name, self._shape(name, tensor.shape), kind.name, packing, nbytes))
@@ -245,8 +256,8 @@ def _canonical_names(header: GGUFHeader, config: Config) -> dict[str, str]:
     names = {}
     for name in shapes:
         stem, _, kind = name.rpartition(".")
-        block = re.fullmatch(r"(v\.)?blk\.(\d+)\.(\w+)", stem)
-        if name == "mm.input_projection.weight":
+        block = re.fullmatch(r"(v\.)?blk\.(\d+)\.([\w.]+)", stem)
+        if name in ("mm.input_projection.weight", "mm.mm_input_projection.weight"):
             names[name] = _PROJECTION
         elif stem in _WHOLE:
             names[name] = f"{_WHOLE[stem]}.{kind}"
@@ -261,25 +272,31 @@ def _canonical_names(header: GGUFHeader, config: Config) -> dict[str, str]:
 def _check_kinds(header: GGUFHeader) -> dict[int, BlockType]:
     """The types by number, once every tensor is known to be readable and inside the file."""
     kinds: dict[int, BlockType] = {}
-    end = header.header_bytes
+    spans: dict[Path, list[tuple[int, int, str]]] = {path: [(0, base, "the header")] for path, base in header.files}
     for tensor in header.tensors:
         if tensor.kind not in kinds:
             try:
                 kinds[tensor.kind] = block_type(tensor.kind)
             except ValueError as error:
                 raise CheckpointError(
-                    f"{header.path}: {tensor.name}",
+                    f"{tensor.path}: {tensor.name}",
                     got=f"ggml type {error}",
                     want="a type that the gguf package dequantises",
                 ) from None
         kind = kinds[tensor.kind]
         if not tensor.shape or tensor.shape[-1] % kind.values:
             raise CheckpointError(
-                f"{header.path}: {tensor.name}",
+                f"{tensor.path}: {tensor.name}",
                 got=f"shape {tensor.shape}",
                 want=f"rows of a multiple of {kind.values}",
             )
-        end = max(end, tensor.offset + math.prod(tensor.shape) // kind.values * kind.nbytes)
-    if (size := header.path.stat().st_size) < end:
-        raise CheckpointError(f"{header.path}", got=f"{size} bytes", want=end, do="it is cut off: fetch it again")
+        nbytes = math.prod(tensor.shape) // kind.values * kind.nbytes
+        spans[tensor.path].append((tensor.offset, tensor.offset + nbytes, tensor.name))
+    for path, places in spans.items():
+        size, end = path.stat().st_size, max(stop for _, stop, _ in places)
+        if size < end:
+            raise CheckpointError(f"{path}", got=f"{size} bytes", want=end, do="it is cut off: fetch it again")
+        for before, after in pairwise(sorted(places)):
+            if after[0] < before[1]:
+                raise CheckpointError(f"{path}: {after[2]}", got=f"the bytes of {before[2]}", want="its own")
     return kinds

@@ -54,7 +54,7 @@ def gguf_has_own_head(header: GGUFHeader) -> bool:
     except ValueError:
         return True
     nbytes = math.prod(head.shape) // kind.values * kind.nbytes
-    return not _same_bytes((header.path, head.offset), (header.path, embedding.offset), nbytes)
+    return not _same_bytes((head.path, head.offset), (embedding.path, embedding.offset), nbytes)
 
 
 def _places(folder: Path) -> dict[str, Place]:

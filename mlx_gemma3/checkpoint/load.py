@@ -7,7 +7,6 @@ source.py, what is decided by looking into them to tuned.py and head.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..errors import CheckpointError, ConfigError, OptionError
 from ..gguf_header import GGUFHeader
 from ..model.gemma3 import Gemma3
 from ..prompt.tokenizer import Tokenizer
+from ..reading import read_json
 from ..visible import listed
 from . import gguf, gguf_config
 from .contents import Entry
@@ -45,6 +45,7 @@ class Checkpoint:
     text_only: bool = False
     notes: tuple[str, ...] = ()  # sentences for whoever loads it
     gguf: tuple[GGUFHeader, GGUFHeader | None] | None = field(default=None, repr=False, compare=False)
+    no_pictures: str = ""  # what to do where a vision part is missing
 
     def tokenizer(self) -> Tokenizer:
         """Read the vocabulary. Raises TokenizerError without a usable one."""
@@ -63,11 +64,11 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
         config = Config.from_file(source.path / "config.json")
         tied = config.tie_word_embeddings and not has_own_head(source.path)
         generation = _read_generation(source.path / "generation_config.json")
-        headers, found = None, find_template(source.path)
+        headers, missing, found = None, "", find_template(source.path)
         template = found[1] if found is not None else None
     else:
-        header = GGUFHeader.read(source.path)
-        headers = (header, None if text_only else gguf_config.find_projector(header))
+        header, vision_part, missing = gguf_config.read_headers(source.path, text_only=text_only)
+        headers = (header, vision_part)
         config = gguf_config.read_config(*headers)
         tied = not gguf_has_own_head(header)
         generation = _gguf_generation(header)
@@ -86,6 +87,7 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
         text_only=text_only,
         notes=tuple(notes),
         gguf=headers,
+        no_pictures=missing,
     )
 
 
@@ -211,16 +213,31 @@ def _without_tower(missing: Set[str], extra: Set[str], wanted: Iterable[str]) ->
     return ""
 
 
+_SAMPLING = {  # least, most, in words
+    "temperature": (0, 1e30, "a number from 0 on"),
+    "top_p": (1e-30, 1, "a number above 0, at most 1"),
+    "min_p": (0, 1, "a number from 0 to 1"),
+    "repetition_penalty": (1e-30, 1e30, "a number above 0"),
+    "top_k": (0, 2**31 - 1, "a whole number >= 0"),
+}
+
+
+def _sampling(values: Mapping[str, Any], where: str) -> dict[str, int | float]:
+    """The sampling settings among some values. Raises ConfigError: another type, or out of range."""
+    found = {name: values[name] for name in _SAMPLING if values.get(name) is not None}
+    for name, value in found.items():
+        low, high, want = _SAMPLING[name]
+        if not _is_number(value) or not low <= value <= high or (name == "top_k" and not isinstance(value, int)):
+            raise ConfigError(name, got=repr(value), want=f"{want} ({where})")
+    return {name: value if name == "top_k" else float(value) for name, value in found.items()}
+
+
 def _read_generation(path: Path) -> dict[str, Any]:
     """generation_config.json, or nothing when there is none. eos_token_id becomes a tuple."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     values = {name: value for name, value in _read_object(path).items() if value is not None}
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-        if name in values and not _is_number(values[name]):
-            raise ConfigError(name, got=repr(values[name]), want=f"a number ({path.name})")
-    if "top_k" in values and not _is_id(values["top_k"]):
-        raise ConfigError("top_k", got=repr(values["top_k"]), want=f"a whole number >= 0 ({path.name})")
+    values |= _sampling(values, path.name)
     if not isinstance(values.get("do_sample", False), bool):
         raise ConfigError("do_sample", got=repr(values["do_sample"]), want=f"true or false ({path.name})")
     if (eos := values.get("eos_token_id")) is not None:
@@ -234,16 +251,12 @@ def _read_generation(path: Path) -> dict[str, Any]:
 def _gguf_generation(header: GGUFHeader) -> dict[str, Any]:
     """The sampling settings that newer converters copy out of generation_config.json."""
     names = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    values = {name: header.settings.get(f"general.sampling.{key}") for key, name in names.items()}
-    found = {name: value for name, value in values.items() if _is_number(value)}
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+    values = {name: header.get(f"general.sampling.{key}", "number") for key, name in names.items()}
+    return _sampling(values, header.path.name)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}", got=error, want="a readable JSON file") from None
+    values = read_json(path, ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}", got=type(values).__name__, want="a JSON object")
     return values

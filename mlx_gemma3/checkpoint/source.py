@@ -18,10 +18,12 @@ from pathlib import Path
 
 from ..arguments import takes
 from ..errors import SourceError, SourceNotFound
+from ..gguf_header import is_gguf as has_signature
 from ..paths import CACHE_VARIABLE, cache_folder, temporary_folder
 from ..reading import reason
 from ..writing import clear_abandoned, replacing
-from .files import choose, is_gguf, other_file
+from .files import choose, first_part, is_gguf, other_file
+from .gguf_config import kind_of
 from .hub import Repository, megabytes
 from .tensors import INDEX
 
@@ -116,9 +118,10 @@ def _existing(source: str | Path) -> Path | None:
 def _local(path: Path, text_only: bool) -> Path:
     """The folder, or the .gguf that is there or in it."""
     if path.is_file():
-        if not is_gguf(path.name):
+        if not (is_gguf(path.name) or has_signature(path)):
             raise other_file(str(path), path.name)
-        return path
+        first = path.with_name(first_part(path.name))
+        return first if first.exists() else path  # where it is missing, reading the header says so
     try:
         names = {entry.name for entry in path.iterdir() if entry.is_file()}
         if not names:
@@ -129,7 +132,15 @@ def _local(path: Path, text_only: bool) -> Path:
 
         return (
             path
-            / choose(names, str(path), "", text_only, lambda: text(INDEX), lambda: text("adapter_config.json")).file
+            / choose(
+                names,
+                str(path),
+                "",
+                text_only,
+                lambda: text(INDEX),
+                lambda: text("adapter_config.json"),
+                lambda name: kind_of(path / name),
+            ).file
         )
     except OSError as error:
         raise SourceError(f"{path}", got=error.strerror or error, want="a readable folder") from None

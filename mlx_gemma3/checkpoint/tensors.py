@@ -12,10 +12,10 @@ for the Hub's styles; folders written by mlx-lm 0.32 and mlx-vlm 0.7 for theirs.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import mlx.core as mx
 
 from ..config import Config
 from ..errors import CheckpointError
+from ..reading import open_regular, parse_json, read_json
 from ..visible import listed
 
 INDEX = "model.safetensors.index.json"
@@ -36,6 +37,7 @@ _ITEM_BYTES = {
 }  # fmt: skip
 # Floats are weights, U32 packed weights, U8 the scales of mxfp4, mxfp8 and nvfp4.
 _READABLE = frozenset(("F32", "F16", "BF16", "U32", "U8"))
+_METADATA, _MOST_AXES = "__metadata__", 8
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 # Constants that some tools save beside the weights; the model computes them itself.
 _BUFFERS = (".position_ids", ".inv_freq")
@@ -59,27 +61,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: not a safetensors file, empty, damaged, or shorter than its header says.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             raw = file.read(length) if 0 < length <= min(size - 8, _LONGEST_HEADER) else b""
     except FileNotFoundError:
         raise CheckpointError(f"{path}", got="no such file", want="a safetensors file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}", got=error.strerror or error, want="a readable safetensors file") from None
+    except (OSError, ValueError) as error:
+        got = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}", got=got, want="a readable safetensors file") from None
     if not raw.startswith(b"{"):
         raise _not_safetensors(path, size)
-    try:
-        entries = json.loads(raw)
-        found = [_tensor_info(name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise CheckpointError(
-            f"{path}", got="a damaged header", want="a safetensors file", do="fetch it again"
-        ) from None
+    entries = parse_json(raw, f"{path}: a damaged header", CheckpointError, want="a safetensors file")
+    found = [_tensor_info(path, name, entry, 8 + length) for name, entry in entries.items() if name != _METADATA]
     end = max((info.stop for info in found), default=8 + length)
     if end > size:
         raise CheckpointError(f"{path}", got=f"{size} bytes", want=f"{end}", do="it is cut off: fetch it again")
-    for info in found:
+    before: TensorInfo | None = None
+    for info in sorted(found, key=lambda info: (info.start, info.stop)):
         item = _ITEM_BYTES.get(info.dtype)
         if item is not None and info.stop - info.start != item * math.prod(info.shape):
             raise CheckpointError(
@@ -88,15 +87,38 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 want=f"{item * math.prod(info.shape)} for {info.dtype} {info.shape}",
                 do="fetch it again",
             )
+        if item is not None and (info.start - 8 - length) % item:
+            raise CheckpointError(
+                f"{path}: {info.name}",
+                got=f"data at byte {info.start - 8 - length}",
+                want=f"a multiple of {item} for {info.dtype}",
+                do="fetch it again",
+            )
+        if before is not None and info.start < before.stop and info.start < info.stop:
+            raise CheckpointError(
+                f"{path}: {info.name}", got=f"the bytes of {before.name}", want="its own", do="fetch it again"
+            )
+        if info.start < info.stop:
+            before = info
     return {info.name: info for info in found}
 
 
-def _tensor_info(name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
-    start, stop = entry["data_offsets"]
-    shape = tuple(int(length) for length in entry["shape"])
-    if not 0 <= start <= stop:
-        raise ValueError(name)
-    return TensorInfo(name, str(entry["dtype"]), shape, base + start, base + stop)
+def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    """One entry, its numbers within what a file can hold."""
+    values = entry if isinstance(entry, dict) else {}
+    dtype: Any = values.get("dtype")
+    shape: Any = values.get("shape")
+    ends: Any = values.get("data_offsets")
+    good = isinstance(dtype, str) and _are_counts(shape) and _are_counts(ends)
+    if not good or len(shape) > _MOST_AXES or len(ends) != 2 or ends[0] > ends[1]:
+        raise CheckpointError(
+            f"{path}: {name}", got="a damaged header", want="dtype, shape and data_offsets", do="fetch it again"
+        )
+    return TensorInfo(name, str(dtype), tuple(shape), base + ends[0], base + ends[1])
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 60 for value in values)
 
 
 def _not_safetensors(path: Path, size: int) -> CheckpointError:
@@ -153,10 +175,13 @@ def shards(folder: Path) -> dict[Path, frozenset[str]]:
     Raises:
         CheckpointError: no weights, a broken index, or a gap in files named model-00001-of-00003.safetensors.
     """
-    index = folder / INDEX
-    if index.is_file():
-        return _read_index(index)
-    if (single := folder / "model.safetensors").is_file():
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.exists():
+        files = read_index(index)
+        stale = single.exists() and single.name not in files and not all((folder / file).exists() for file in files)
+        if not stale:  # of an upload that was joined into one file later, its index forgotten
+            return {folder / file: names for file, names in files.items()}
+    if single.is_file():
         return {single: frozenset()}
     found = sorted(folder.glob("model*.safetensors"))
     if not found:
@@ -171,19 +196,37 @@ def shards(folder: Path) -> dict[Path, frozenset[str]]:
     return {path: frozenset() for path in found}
 
 
-def _read_index(index: Path) -> dict[Path, frozenset[str]]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, set[str]] = {}
-        for name, file in weight_map.items():
-            if Path(file).name != file:
-                raise ValueError(file)
-            files.setdefault(file, set()).add(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{index}", got="a broken index", want="weight_map: a file in this folder for each tensor"
-        ) from None
-    return {index.parent / file: frozenset(names) for file, names in files.items()}
+def read_index(index: Path | str, place: str = "") -> dict[str, frozenset[str]]:
+    """The weight files that an index names, each with the tensors that it promises there.
+
+    Args:
+        index: its file, or its text, which `place` names in errors.
+
+    Raises:
+        CheckpointError: it is broken, or names a file that is no plain name.
+    """
+    what, want = f"{index if isinstance(index, Path) else place}", "weight_map: a file in this folder for each tensor"
+    broken = f"{what}: a broken index"
+    if isinstance(index, Path):
+        read = read_json(index, CheckpointError, want=want)
+    else:
+        read = parse_json(index, broken, CheckpointError, want=want)
+    weight_map = read.get("weight_map") if isinstance(read, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(what, got="a broken index", want=want, do="fetch it again")
+    files: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not _is_name(file):
+            raise CheckpointError(what, got=f"{file!r} for {name}", want=want, do="fetch it again")
+        files.setdefault(file, set()).add(name)
+    return {file: frozenset(names) for file, names in files.items()}
+
+
+def _is_name(file: object) -> bool:
+    """Whether it is the name of a file in the same folder, as file systems take it."""
+    if not isinstance(file, str) or not 0 < len(file.encode("utf-8", "surrogatepass")) <= 255:
+        return False
+    return Path(file).name == file and "\0" not in file
 
 
 def _missing_shard(path: Path) -> CheckpointError:

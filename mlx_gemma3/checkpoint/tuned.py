@@ -21,6 +21,7 @@ from ..prompt.template import is_own_template
 from ..reading import open_regular, read_json
 from ..visible import shortened, visible
 
+_BLOB = re.compile(r"sha256[-:][0-9a-f]+")  # how Ollama calls its files
 _WORDS = frozenset(("it", "instruct", "chat"))
 _FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # the first that holds one decides
 
@@ -43,7 +44,12 @@ def judge(name: str, template: str | None, others: Iterable[str]) -> tuple[bool,
         ]
     names = (name.rstrip("/").rpartition("/")[2], *others)
     if not _WORDS.intersection(word for one in names for word in re.split(r"[^a-z0-9]+", one.lower())):
-        return False, []
+        if _BLOB.fullmatch(names[0]) is None:
+            return False, []
+        return False, [
+            f"{shown} holds no chat template, and its name does not say what it is: it completes text; to chat with "
+            "it, link it under a name with -it"
+        ]
     return True, [
         f"{shown} has no chat template: by its name it is tuned for chat, and turns are written as Gemma 3 writes "
         "them; generate --raw (raw=True) completes text instead"

@@ -53,8 +53,14 @@ class Processor:
     """Makes prompts for one checkpoint. Immutable; may be used from several threads."""
 
     @takes(tokenizer=Tokenizer, config=Config)
-    def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: Config, *, no_pictures: str = "") -> None:
+        """no_pictures: what to do, for a checkpoint without vision that might have it."""
         self.tokenizer, self.config = tokenizer, config
+        self._no_pictures = (
+            ("none: no vision part was found", no_pictures)
+            if no_pictures
+            else ("none: this checkpoint is text-only", "use a 4B, 12B or 27B checkpoint")
+        )
 
     @takes(pan_and_scan="switch", special="switch", add_generation_prompt="switch", continue_final_message="switch")
     def prepare(
@@ -135,9 +141,8 @@ class Processor:
         carried = [_carried(piece) for piece in pieces if _is_place(piece)]
         count = len(images) + sum(source is not None for source in carried)
         if count and self.config.vision is None:
-            raise PromptError(
-                "pictures", got=count, want="none: this checkpoint is text-only", do="use a 4B, 12B or 27B checkpoint"
-            )
+            want, do = self._no_pictures
+            raise PromptError("pictures", got=count, want=want, do=do)
         if count != len(carried):
             raise PromptError(
                 "pictures and their places in the prompt",

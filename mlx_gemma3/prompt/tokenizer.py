@@ -23,11 +23,12 @@ from typing import Any
 
 from ..arguments import argument, described, elements, takes
 from ..errors import OptionError, PromptError, TokenizerError
+from ..gguf_header import is_gguf
 from ..paths import cache_folder
 from ..reading import MOST_JSON, file_kind, open_regular, reason
 from ..writing import clear_abandoned, write_whole
 from .added import SPACE, normal
-from .vocabulary import BOS, BYTE_PIECE, VOCABULARIES, added_tokens_file, is_gguf, read_vocabulary
+from .vocabulary import BOS, BYTE_PIECE, VOCABULARIES, added_tokens_file, read_vocabulary
 
 _FORMAT = b"mlx-gemma3 vocabulary 2"  # counted up whenever vocabulary.py builds something else from the same file
 _GGUF_HEAD = 32 << 20  # bytes of a GGUF file that tell its vocabulary: Gemma 3's headers have 7 to 20 MB

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TokenizerError
-from ..gguf_header import GGUFHeader
+from ..gguf_header import GGUFHeader, is_gguf
 from ..reading import open_regular, read_json, reason
 from .added import SPACE, TooMany, cuts, normal, touching
 from .protobuf import fields, varint
@@ -32,6 +32,7 @@ from .protobuf import fields, varint
 # A folder's vocabulary: the first that is there decides, as in transformers. Programs that tune a model rewrite the
 # first and copy the second.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+_DO = "use the tokenizer of a Gemma 3 checkpoint"
 BOS, START_OF_TURN, END_OF_TURN = "<bos>", "<start_of_turn>", "<end_of_turn>"
 START_OF_IMAGE, IMAGE, END_OF_IMAGE = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
 
@@ -138,12 +139,6 @@ def read_vocabulary(path: Path) -> Vocabulary:
         raise _refusal(str(path), "structure", error, "vocab, merges and added tokens as Gemma 3 lists them") from None
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether the file has the signature of GGUF. Raises OSError, ValueError: it cannot be opened."""
-    with open_regular(path) as file:
-        return file.read(4) == b"GGUF"
-
-
 def added_tokens_file(path: Path) -> Path:
     """Where names and ids lie that a tokenizer.model lacks (Gemma 3: <image_soft_token> only)."""
     return path.with_name("added_tokens.json")
@@ -207,19 +202,28 @@ def _model_bytes(path: Path) -> bytes:
 
 def _read_gguf(path: Path) -> Vocabulary:
     """llama.cpp's converter writes spaces for U+2581 in added tokens, and [PADn] where the model has spare rows."""
-    settings, source = GGUFHeader.read(path).settings, str(path)
-    prefixed = settings.get("general.architecture") != "gemma3"  # where the file does not say
-    for name, want, default in (("model", "llama", None), ("add_space_prefix", False, prefixed)):
-        if (got := settings.get(f"tokenizer.ggml.{name}", default)) != want:
-            raise _refusal(source, f"tokenizer.ggml.{name}", repr(got), repr(want))
-    tokens, kinds = settings.get("tokenizer.ggml.tokens"), settings.get("tokenizer.ggml.token_type")
+    header, source = GGUFHeader.read(path), str(path)
+    if (kind := header.get("tokenizer.ggml.model", "text")) != "llama":
+        raise _refusal(
+            source,
+            "tokenizer.ggml.model",
+            repr(kind),
+            "'llama', Gemma's own vocabulary",
+            do="it was converted without the model's tokenizer.model: take another GGUF file of the model, its "
+            "safetensors, or convert it again with tokenizer.model in the folder",
+        )
+    prefixed = header.get("general.architecture", "text") != "gemma3"  # where the file does not say
+    if header.get("tokenizer.ggml.add_space_prefix", "switch", prefixed):
+        raise _refusal(source, "tokenizer.ggml.add_space_prefix", "true", "false")
+    tokens = header.get("tokenizer.ggml.tokens", "texts")
+    kinds = header.get("tokenizer.ggml.token_type", "numbers")
     if tokens is None or kinds is None or len(tokens) != len(kinds):
         raise _refusal(source, "tokenizer.ggml.tokens", "nothing, or not one type for each", "a vocabulary")
     pieces = [token.replace(" ", SPACE) for token in tokens]
     while pieces and pieces[-1] == f"[PAD{len(pieces) - 1}]":
         pieces.pop()
-    scores = settings.get("tokenizer.ggml.scores", [])
-    return _typed(source, pieces, list(kinds[: len(pieces)]), scores[: len(pieces)])
+    scores = header.get("tokenizer.ggml.scores", "numbers", ())
+    return _typed(source, pieces, kinds[: len(pieces)].tolist(), scores[: len(pieces)])
 
 
 def _typed(source: str, pieces: list[str], kinds: list[int], scores: Sequence[float]) -> Vocabulary:
@@ -365,5 +369,5 @@ def _too_many(source: str, error: TooMany) -> TokenizerError:
     return _refusal(source, "added tokens", f"too many and long ones to compare: {error}", "fewer or shorter ones")
 
 
-def _refusal(source: str, what: str, got: object, want: object) -> TokenizerError:
-    return TokenizerError(f"{source}: {what}", got=got, want=want, do="use the tokenizer of a Gemma 3 checkpoint")
+def _refusal(source: str, what: str, got: object, want: object, do: str = _DO) -> TokenizerError:
+    return TokenizerError(f"{source}: {what}", got=got, want=want, do=do)

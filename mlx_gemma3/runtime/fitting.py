@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from ..checkpoint.load import Checkpoint
-from ..checkpoint.memory import GIB, WEIGHT_BITS, estimate, largest_context, loaded_bytes, planned_bytes, this_machine
+from ..checkpoint.memory import (
+    GIB,
+    WEIGHT_BITS,
+    cache_bytes,
+    estimate,
+    largest_context,
+    loaded_bytes,
+    planned_bytes,
+    this_machine,
+    vision_bytes,
+)
 from ..checkpoint.store import open_store
 from ..errors import MemoryNeedError
 
@@ -19,11 +29,13 @@ def check_memory(
         MemoryNeedError: with the arithmetic, and other bits, cache bits or a context that fit.
     """
     machine = this_machine()
-    size = _file_bytes(checkpoint)
-    if 8 * size + GIB < machine.budget and max_context is None:
-        return  # far from the border: 4 bits would have to become 32 to reach it
     dtype_bytes = {"float32": 4, "bfloat16": 2}.get(dtype, machine.dtype_bytes)
     config = checkpoint.config
+    usual = min(_USUAL_CONTEXT, config.text.max_position_embeddings)
+    caches = sum(cache_bytes(config, usual, kv_bits=kv_bits, local_kv_bits=local_kv_bits, dtype_bytes=dtype_bytes))
+    picture = vision_bytes(config, dtype_bytes=dtype_bytes)
+    if 8 * _file_bytes(checkpoint) + caches + picture + GIB < machine.budget and max_context is None:
+        return  # far from the border: 4 bits would have to become 32 to reach it
     weights = loaded_bytes(open_store(checkpoint).entries, dtype_bytes=dtype_bytes)
     limit = config.text.max_position_embeddings
     context = min(max_context or _USUAL_CONTEXT, limit)
@@ -39,23 +51,45 @@ def check_memory(
     if need.total <= machine.budget:
         return
     would = []
-    for bits in (8, 4):
-        if bits < kv_bits and config.text.head_dim % 64 == 0:
-            smaller = estimate(
-                config, weights, context=context, kv_bits=bits, dtype_bytes=dtype_bytes, fused=machine.metal
-            )
-            if smaller.total <= machine.budget:
-                would.append(f"--kv-bits {bits}")
-                break
+    packed_kv = [(8, local_kv_bits), (4, local_kv_bits), (8, 8), (4, 4)] if config.text.head_dim % 64 == 0 else []
+    for bits, local in packed_kv:
+        if bits > kv_bits or local > local_kv_bits or (bits, local) == (kv_bits, local_kv_bits):
+            continue
+        smaller = estimate(
+            config,
+            weights,
+            context=context,
+            kv_bits=bits,
+            local_kv_bits=local,
+            dtype_bytes=dtype_bytes,
+            fused=machine.metal,
+        )
+        if smaller.total <= machine.budget:
+            would.append(f"--kv-bits {bits}" + (f" --local-kv-bits {local}" if local != local_kv_bits else ""))
+            break
     longest = largest_context(
-        config, weights, machine.budget, kv_bits=kv_bits, dtype_bytes=dtype_bytes, fused=machine.metal
+        config,
+        weights,
+        machine.budget,
+        kv_bits=kv_bits,
+        local_kv_bits=local_kv_bits,
+        dtype_bytes=dtype_bytes,
+        fused=machine.metal,
     )
     if 256 <= longest < context:
         would.append(f"--max-context {longest}")
     fitting = [bits for bits in WEIGHT_BITS if planned_bytes(config, bits, dtype_bytes=dtype_bytes) < weights]
     for bits in fitting:
         packed = planned_bytes(config, bits, dtype_bytes=dtype_bytes)
-        total = estimate(config, packed, context=context, kv_bits=kv_bits, dtype_bytes=dtype_bytes, fused=machine.metal)
+        total = estimate(
+            config,
+            packed,
+            context=context,
+            kv_bits=kv_bits,
+            local_kv_bits=local_kv_bits,
+            dtype_bytes=dtype_bytes,
+            fused=machine.metal,
+        )
         if bits < 16 and total.total <= machine.budget:
             would.append(f"the same converted with --bits {bits}")
             break
@@ -70,5 +104,5 @@ def check_memory(
 
 def _file_bytes(checkpoint: Checkpoint) -> int:
     if checkpoint.gguf is not None:
-        return sum(header.path.stat().st_size for header in checkpoint.gguf if header is not None)
+        return sum(header.nbytes for header in checkpoint.gguf if header is not None)
     return sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))

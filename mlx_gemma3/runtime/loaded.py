@@ -50,7 +50,7 @@ class Loaded:
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions, runner: Runner) -> None:
         self.checkpoint, self.options = checkpoint, options
         self.tokenizer: Tokenizer = checkpoint.tokenizer()
-        self.processor = Processor(self.tokenizer, checkpoint.config)
+        self.processor = Processor(self.tokenizer, checkpoint.config, no_pictures=checkpoint.no_pictures)
         self.end_of_turn = self.tokenizer.id(END_OF_TURN)
         self.eos_ids = frozenset(checkpoint.config.eos_token_ids)  # of a completed text; a chat's end_of_turn too
         positions = checkpoint.config.text.max_position_embeddings

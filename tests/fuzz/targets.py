@@ -99,3 +99,11 @@ def tokenizer(path: Path) -> None:
         assert tokenizer is not None and tokenizer.encode(text) == ids
         assert again.decode(ids) == text.replace("\u2581", " ")
         again.encode(text, special=False)
+
+
+def checkpoint(path: Path) -> None:
+    """A model's folder: opened, held against the machine's memory, loaded, asked for two tokens."""
+    from mlx_gemma3 import Engine
+
+    with Engine(path, quiet=True) as engine:
+        engine.generate("the user", max_tokens=2)
