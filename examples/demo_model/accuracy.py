@@ -22,7 +22,7 @@ import mlx.core as mx
 from PIL import Image
 
 import mlx_gemma3 as g3
-from mlx_gemma3.model import text
+from mlx_gemma3.model import context
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.masks import attention_mask
 
@@ -105,7 +105,7 @@ def swapped(samples: Sequence[Sample]) -> list[Sample]:
 def without_rows() -> AbstractContextManager[Any]:
     """While it lasts, the rows of all pictures are zero. For an engine loaded inside: an older one may keep rows."""
     encode = Gemma3.encode_images
-    return patch.object(Gemma3, "encode_images", lambda self, pixels: mx.zeros_like(encode(self, pixels)))
+    return patch.object(Gemma3, "encode_images", lambda *given: mx.zeros_like(encode(*given)))
 
 
 def causal_pictures() -> AbstractContextManager[Any]:
@@ -114,7 +114,7 @@ def causal_pictures() -> AbstractContextManager[Any]:
     def causal(*places: int, blocks: mx.array | None = None, **options: Any) -> mx.array | str | None:
         return attention_mask(*places, **options)
 
-    return patch.object(text, "attention_mask", causal)
+    return patch.object(context, "attention_mask", causal)
 
 
 def read(folder: Path) -> list[Sample]:

@@ -56,11 +56,21 @@ _NOTHING: Event = {"kind": "pending"}
 _END = Piece("", [])  # told apart by identity: after the last piece
 
 
+class _Flag:
+    """Raised once. A stream's finalizer holds it, and nothing that could hold the stream."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __call__(self) -> None:
+        self.raised = True
+
+
 class Channel:
     """What a stream and the side that answers it share. Takes no locks of its own: garbage collection may cancel."""
 
     def __init__(self) -> None:
-        self.cancelled = False
+        self.unwanted = _Flag()  # cancelled, or nobody holds its stream any more: garbage collection may raise it
         self.error: Gemma3Error | None = None
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._listener: Callable[[], None] | None = None
@@ -97,11 +107,11 @@ class Channel:
 
     def cancel(self) -> None:
         """End the answer as soon as can be."""
-        self.cancelled = True
+        self.unwanted()
 
-    def abandon(self) -> None:
-        """The same when nobody holds the stream any more: called by garbage collection, so nothing may wait here."""
-        self.cancelled = True
+    @property
+    def cancelled(self) -> bool:
+        return self.unwanted.raised
 
 
 class Stream:
@@ -111,7 +121,7 @@ class Stream:
         """owner: what must live as long as the answer does."""
         self._channel, self._owner = channel, owner
         self._end: Event | None = None
-        weakref.finalize(self, channel.abandon).atexit = False
+        weakref.finalize(self, channel.unwanted).atexit = False
 
     @takes(timeout="number")
     def next(self, timeout: float | None = None) -> Event:

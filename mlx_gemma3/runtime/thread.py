@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from ..checkpoint.source import resolve
 from ..errors import BusyError, ClosedError, Gemma3Error
+from ..model.runner import Runner
 from ..model.streams import lent
 from .conversation import Conversation
 from .job import Job
@@ -148,16 +149,19 @@ class EngineThread(threading.Thread):
             self._fetching = False
         self._known, self._scheduler = loaded, scheduler
         self._loaded.set()
-        try:
-            item = self._queue.get(timeout=IDLE)
-        except queue.Empty:
-            with contextlib.suppress(Exception):  # what fails here fails again for the request that needs it
-                warm_up(loaded, runner)
-            item = self._queue.get()
-        self._serve(scheduler, item)
+        self._serve(scheduler, self._first(loaded, runner))
         self._scheduler = None
         del scheduler, runner
         mx.clear_cache()
+
+    def _first(self, loaded: Loaded, runner: Runner) -> _Item:
+        """What is asked for first; a GPU warms up when that is not at once."""
+        try:
+            return self._queue.get(timeout=IDLE)
+        except queue.Empty:
+            with contextlib.suppress(Exception):  # what fails here fails again for the request that needs it
+                warm_up(loaded, runner)
+            return self._queue.get()
 
     def _serve(self, scheduler: Scheduler, item: _Item) -> None:
         """Turn after turn, until the end is asked for and everybody was told."""

@@ -161,7 +161,8 @@ class _Remote(Channel):
         self.process, self.number, self.told, self.heard = process, number, False, False
 
     def cancel(self) -> None:
-        self.cancelled = self.told = True
+        self.told = True
+        self.unwanted()
         self.process.cancel(self.number)
 
 
