@@ -219,3 +219,20 @@ def test_a_session_that_cannot_be_written_is_told_before_the_model_loads(command
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
     assert "file/x" in done.stderr and "can be written" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_chat_whose_file_was_taken_meanwhile_is_saved_beside(chat_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlx_gemma3.cli", "chat", "-m", str(chat_folder), "--session", "talk.chat"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, "--max-tokens", "3"], cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as chat:
+        assert chat.stdin is not None and chat.stdout is not None
+        chat.stdin.write("the user\n")
+        chat.stdin.flush()
+        chat.stdout.read(1)
+        (tmp_path / "talk.chat").write_text("somebody else's")
+        _, said = chat.communicate(timeout=60)
+    assert "talk-2.chat" in said and (tmp_path / "talk.chat").read_text() == "somebody else's"
+    with g3.load(chat_folder) as engine:
+        assert engine.session(resume=tmp_path / "talk-2.chat").messages[0]["content"][-1]["text"] == "the user"

@@ -11,7 +11,7 @@ import typer
 from ..errors import OptionError
 from ..visible import one_line
 from .inspect import amount, table
-from .terminal import Status, emit, say
+from .terminal import Status, emit, print_notes, say
 
 if TYPE_CHECKING:
     from ..measure.benchmark import Benchmark, Spread
@@ -68,6 +68,7 @@ def bench(
         model, plan, dtype=dtype, force=force, progress=lambda what, done, all_: status.show(what, done, all_)
     )
     status.clear()
+    print_notes(found.notes, quiet=quiet or as_json)
     if plot is not None:
         from .bench_plot import draw
 

@@ -108,7 +108,7 @@ def chat(
     loading.start()  # from here on it wants the processor too
     status: int = 0
     try:
-        with _signals(Leave):
+        with _as_found(at is not None), _signals(Leave):
             if at is None or asker is None:
                 status = _line_by_line(talk)
             else:
@@ -120,7 +120,7 @@ def chat(
     finally:
         signal.signal(signal.SIGINT, leave)
         if loading.ended() and loading.failure is None:
-            talk.save()
+            talk.save_or_beside()
             talk.engine.close()
     if not loading.ended() or status == 128 + signal.SIGHUP:
         with contextlib.suppress(OSError):
@@ -200,6 +200,24 @@ def _take(talk: Talk, line: str) -> None:
             raise
         talk.failed = True
         talk.screen.error(str(error))
+
+
+@contextlib.contextmanager
+def _as_found(terminal: bool) -> Iterator[None]:
+    """Leave the terminal as it was found, wherever in the putting up of a prompt a signal came."""
+    import termios
+
+    found = termios.tcgetattr(0) if terminal else None
+    try:
+        yield
+    except SystemExit:
+        with contextlib.suppress(OutputLost):
+            own("\x1b[?2004l" if found is not None else "")  # pastes are plain text again
+        raise
+    finally:
+        if found is not None:
+            with contextlib.suppress(termios.error):  # it is gone
+                termios.tcsetattr(0, termios.TCSANOW, found)
 
 
 @contextlib.contextmanager

@@ -163,6 +163,7 @@ class Benchmark:
     decoding: tuple[DecodeFigures, ...]
     pictures: PictureFigures | None
     sampling: dict[str, Spread]  # milliseconds a token
+    notes: tuple[str, ...] = ()  # of the checkpoint
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -228,6 +229,7 @@ def measure(
         decoding=tuple(decoding),
         pictures=pictures,
         sampling={how: measure_sampling(vocabulary, kind, repeat=plan.repeat) for how, kind in SAMPLINGS.items()},
+        notes=checkpoint.notes,
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import PromptError
+from ...errors import OutputError, PromptError
 from .lines import Said
 from .loading import Loading
 from .screen import Screen
@@ -202,6 +204,23 @@ class Talk:
         self.session.save(target, replace=file is not None)
         self.changed = False
         return target
+
+    def save_or_beside(self) -> None:
+        """As `save`, at the end: where the file may not be replaced, under the first free name beside it."""
+        try:
+            self.save()
+        except OutputError as error:
+            assert self.file is not None
+            beside = next(
+                place
+                for number in itertools.count(2)
+                if not os.path.lexists(place := self.file.with_name(f"{self.file.stem}-{number}{self.file.suffix}"))
+            )
+            try:
+                self.session.save(beside, replace=False)
+            except OutputError:
+                raise error from None
+            self.screen.error(f"{error}; this conversation was saved as {beside}")
 
     def messages(self) -> list[dict[str, Any]]:
         """As plain messages; a picture from a file says its path."""
