@@ -39,6 +39,7 @@ REQUESTS: Mapping[str, Mapping[str, Field]] = {
         "kv_bits": Field("int"),
         "local_kv_bits": Field("int"),
         "max_context": Field("int"),
+        "parallel": Field("int"),
         "force": Field("bool"),
     },
     "unload": {},

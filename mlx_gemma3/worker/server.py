@@ -1,6 +1,7 @@
-"""The worker's side: reads requests, does them in order in one thread, and writes what comes of them.
+"""The worker's side: reads requests, begins them in order in one thread, and writes what comes of them.
 
-The thread that reads lines answers cancel, status and shutdown itself, so they never wait behind an answer.
+Several answers are on their way at once, each followed by a thread of its own. The thread that reads lines answers
+cancel, status and shutdown itself, so they never wait behind an answer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine, Session
     from ..runtime.stream import Stream
 
+PARALLEL = 8  # answers at once, as of an engine
 LEAVE_SECONDS = 5  # how long the end waits for what is in work, and as long again for events that nobody takes
 _LOAD_POLL = 0.1  # seconds between two looks whether a load was cancelled
 
@@ -63,7 +65,9 @@ class Server:
         self._writing = threading.Lock()
         self._state = threading.Condition()
         self._waiting: deque[_Job] = deque()
-        self._current: _Job | None = None
+        self._current: _Job | None = None  # what is begun now
+        self._answering: list[_Job] = []  # answers on their way
+        self._parallel = 1  # most of them, as the engine was loaded
         self._ending = False
         self._engine: Engine | None = None
         self._about: Mapping[str, Any] | None = None
@@ -96,9 +100,10 @@ class Server:
             self._ending = True
             left = list(self._waiting)
             self._waiting.clear()
-            if self._current is not None:
-                self._current.cancel()
-            self._state.notify()
+            for job in (self._current, *self._answering):
+                if job is not None:
+                    job.cancel()
+            self._state.notify_all()
         teller = threading.Thread(target=self._tell_ends, args=(worker, left, shutdown), daemon=True)
         teller.start()
         teller.join(2 * LEAVE_SECONDS)  # not for good: it may be that nobody takes what it says
@@ -109,9 +114,13 @@ class Server:
             self._end(
                 job, _failure(job.id, ClosedError("worker", got="its end before this request's turn", want=_ALIVE))
             )
-        worker.join(LEAVE_SECONDS)
-        if (stuck := self._current) is not None:  # inside something that cannot be asked to stop
-            self._end(stuck, _failure(stuck.id, ClosedError("worker", got="its end during this request", want=_ALIVE)))
+        with self._state:
+            self._state.wait_for(lambda: self._current is None and not self._answering, LEAVE_SECONDS)
+            stuck = [job for job in (self._current, *self._answering) if job is not None]
+        for job in stuck:  # inside something that cannot be asked to stop
+            self._end(job, _failure(job.id, ClosedError("worker", got="its end during this request", want=_ALIVE)))
+        if not stuck:
+            worker.join(LEAVE_SECONDS)
         if shutdown is not None:
             self._emit({"id": shutdown, "kind": "ok", "result": {}})
 
@@ -143,14 +152,14 @@ class Server:
         return None
 
     def _jobs(self) -> list[_Job]:
-        return [*([] if self._current is None else [self._current]), *self._waiting]
+        return [*self._answering, *([] if self._current is None else [self._current]), *self._waiting]
 
     def _enqueue(self, job: _Job) -> None:
         with self._state:
             if len(self._waiting) >= self._limits.queued:
                 raise BusyError("queue", got=f"{len(self._waiting)} requests that wait", want="a moment (--max-queued)")
             self._waiting.append(job)
-            self._state.notify()
+            self._state.notify_all()
 
     def _cancel(self, target: protocol.Id) -> dict[str, Any]:
         with self._state:
@@ -173,7 +182,8 @@ class Server:
             return {
                 **self._identity(),
                 "model": self._about,
-                "running": None if self._current is None else self._current.id,
+                "running": next((job.id for job in self._jobs() if job not in self._waiting), None),
+                "answering": [job.id for job in self._answering],
                 "waiting": [job.id for job in self._waiting],
                 "sessions": list(self._sessions),
                 "memory": memory,
@@ -188,7 +198,7 @@ class Server:
         }
 
     def _work(self) -> None:
-        """One request after another, in a thread of its own."""
+        """Begin one request after another, in a thread of its own; an answer goes on in another."""
         while (job := self._next()) is not None:
             try:
                 if job.cancelled and job.op not in _ANSWERS:
@@ -204,10 +214,19 @@ class Server:
 
     def _next(self) -> _Job | None:
         with self._state:
-            self._state.wait_for(lambda: self._waiting or self._ending)
-            if not self._ending:
-                self._current = self._waiting.popleft()
+            self._state.wait_for(lambda: self._ending or self._may_begin())
+            self._current = None if self._ending else self._waiting.popleft()
             return self._current
+
+    def _may_begin(self) -> bool:
+        """Whether the first that waits can begin: a model is changed when no answer is on its way, and no more answers
+        than it takes are.
+        """
+        if not self._waiting:
+            return False
+        if self._waiting[0].op in ("load", "unload"):
+            return not self._answering
+        return self._waiting[0].op not in _ANSWERS or len(self._answering) < self._parallel
 
     def _end(self, job: _Job, event: Mapping[str, Any]) -> None:
         """Tell the end of a request, once; its id is free from then on."""
@@ -215,6 +234,9 @@ class Server:
             told, job.ended = job.ended, True
             if self._current is job:
                 self._current = None
+            if job in self._answering:
+                self._answering.remove(job)
+            self._state.notify_all()
         if not told:
             self._emit(event)
 
@@ -234,6 +256,7 @@ class Server:
             raise
         with self._state:
             self._engine, self._about = engine, about
+            self._parallel = job.values.get("parallel", PARALLEL)
         return about
 
     def _unload(self, _: _Job | None = None) -> None:
@@ -254,10 +277,16 @@ class Server:
         )
 
     def _tell(self, job: _Job, stream: Stream) -> None:
-        """Write a stream's events. The last is the end of the request."""
+        """Let a thread write a stream's events. The last is the end of the request."""
         job.stream = stream
         if job.cancelled:
             stream.cancel()
+        with self._state:
+            self._answering.append(job)
+            self._current = None
+        threading.Thread(target=self._follow, args=(job, stream), name="mlx-gemma3 answer", daemon=True).start()
+
+    def _follow(self, job: _Job, stream: Stream) -> None:
         while (event := stream.next())["kind"] not in protocol.ENDS:
             if job.ended:
                 return
