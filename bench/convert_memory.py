@@ -61,7 +61,7 @@ def write_source(folder: Path, sizes: dict[str, int]) -> int:
     from mlx.utils import tree_flatten
 
     from mlx_gemma3.config import Config
-    from mlx_gemma3.convert.layout import config_json, published_name
+    from mlx_gemma3.convert.folder_format import config_json, published_name
     from mlx_gemma3.model.gemma3 import Gemma3
     from mlx_gemma3.prompt.vocabulary import CONTROL_NAMES, Vocabulary
 

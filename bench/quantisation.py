@@ -28,7 +28,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import mlx_gemma3
-from mlx_gemma3.checkpoint.tensors import canonical_name
+from mlx_gemma3.checkpoint.safetensors import canonical_name
 from mlx_gemma3.convert.converter import convert
 from mlx_gemma3.convert.recipe import PRESETS
 from mlx_gemma3.measure.evaluate import Opened, evaluate, open_model, read_text

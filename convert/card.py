@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_gemma3.checkpoint.contents import read_note
+from mlx_gemma3.checkpoint.entries import read_note
 from mlx_gemma3.checkpoint.load import Checkpoint
 
 from .report import Report

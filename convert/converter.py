@@ -20,18 +20,18 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_gemma3.arguments import takes
-from mlx_gemma3.checkpoint.contents import Store
+from mlx_gemma3.checkpoint.entries import Store
 from mlx_gemma3.checkpoint.load import open_checkpoint
 from mlx_gemma3.checkpoint.numbers import refusal, step, unpacked
+from mlx_gemma3.checkpoint.safetensors import PATCH_WEIGHT
 from mlx_gemma3.checkpoint.source import resolve
-from mlx_gemma3.checkpoint.store import open_store
-from mlx_gemma3.checkpoint.tensors import PATCH_WEIGHT
+from mlx_gemma3.checkpoint.weights import open_store
 from mlx_gemma3.errors import OptionError
 from mlx_gemma3.measure.evaluate import evaluate, text_ids
 from mlx_gemma3.visible import visible
 
 from .card import write_card
-from .layout import config_json, published_name
+from .folder_format import config_json, published_name
 from .output import check_apart, check_free, new_folder, place
 from .packing import pack
 from .plan import EMBEDDING, FLOATS, Job, check_overrides, head_scales, packable, plan

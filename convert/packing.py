@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_gemma3.checkpoint.contents import Packing
+from mlx_gemma3.checkpoint.entries import Packing
 
 _RANGES = (1.0, 0.9, 0.8)  # shares of a group's range that `search` tries
 _LEAST = 1e-7  # smaller scales are of groups whose numbers are all the same

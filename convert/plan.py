@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_gemma3.checkpoint.contents import Entry, Packing, Store
+from mlx_gemma3.checkpoint.entries import Entry, Packing, Store
 from mlx_gemma3.checkpoint.load import Checkpoint
 from mlx_gemma3.errors import OptionError
 
-from .layout import published_name
+from .folder_format import published_name
 from .recipe import Recipe
 from .writer import Planned
 

@@ -17,8 +17,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma3.checkpoint.files import CONFIG_FILES
 from mlx_gemma3.checkpoint.load import Checkpoint
+from mlx_gemma3.checkpoint.selection import CONFIG_FILES
 from mlx_gemma3.checkpoint.tuned import find_template, gguf_template, own_template
 from mlx_gemma3.config import Config
 from mlx_gemma3.errors import TokenizerError

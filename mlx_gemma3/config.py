@@ -369,14 +369,14 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[float, float, float]:
         raise ConfigError(
             "rope_parameters", got=repr(parameters), want=f"an object with {GLOBAL} and {LOCAL} (config.json)"
         )
-    far, near = (parameters.get(kind) or {} for kind in (GLOBAL, LOCAL))
-    for kind, one in ((GLOBAL, far), (LOCAL, near)):
+    of_global, of_local = (parameters.get(kind) or {} for kind in (GLOBAL, LOCAL))
+    for kind, one in ((GLOBAL, of_global), (LOCAL, of_local)):
         if not isinstance(one, Mapping):
             raise ConfigError(f"rope_parameters.{kind}", got=repr(one), want="an object (config.json)")
-    if (scale := _rope_scale(near, f"rope_parameters.{LOCAL}")) != 1.0:
+    if (scale := _rope_scale(of_local, f"rope_parameters.{LOCAL}")) != 1.0:
         raise ConfigError(f"rope_parameters.{LOCAL}.factor", got=scale, want="no scaling (config.json)")
-    theta, local_theta = _real(far, "rope_theta", 1_000_000.0), _real(near, "rope_theta", 10_000.0)
-    return theta, _rope_scale(far, f"rope_parameters.{GLOBAL}"), local_theta
+    theta, local_theta = _real(of_global, "rope_theta", 1e6), _real(of_local, "rope_theta", 1e4)
+    return theta, _rope_scale(of_global, f"rope_parameters.{GLOBAL}"), local_theta
 
 
 _ROPE_KEYS = frozenset(("rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings"))

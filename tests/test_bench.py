@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
 from mlx_gemma3.checkpoint.memory import planned_bytes
-from mlx_gemma3.checkpoint.sizes import SIZES
+from mlx_gemma3.checkpoint.published import SIZES
 from mlx_gemma3.checkpoint.source import resolve
-from mlx_gemma3.checkpoint.store import open_store
+from mlx_gemma3.checkpoint.weights import open_store
 from mlx_gemma3.commands.bench import bench, parse_sizes
 from mlx_gemma3.errors import Gemma3Error, OptionError, OutputError
 from mlx_gemma3.generation.batch import decode

@@ -20,7 +20,7 @@ from docs.make_chat_screens import HINT, Program
 from mlx_gemma3.commands.talk.lines import Command, read
 from mlx_gemma3.commands.talk.loading import Loading
 from mlx_gemma3.commands.talk.settings import Settings
-from mlx_gemma3.commands.talk.talk import Talk
+from mlx_gemma3.commands.talk.talk import ChatState
 from mlx_gemma3.commands.talk.verbs import VERBS, run
 from mlx_gemma3.errors import ImageError, OptionError, PromptError
 
@@ -57,16 +57,16 @@ class Pages:
 
 
 @pytest.fixture
-def talk(chat_folder: Path) -> Iterator[Talk]:
+def talk(chat_folder: Path) -> Iterator[ChatState]:
     """A conversation with a tiny random model of at most 100 tokens."""
     loading = Loading("tiny", lambda: g3.load(chat_folder, max_context=100), lambda engine: engine.session())
     loading.start()
-    talk = Talk(loading, Pages(), Settings({"max_tokens": 4, "seed": 1}))
+    talk = ChatState(loading, Pages(), Settings({"max_tokens": 4, "seed": 1}))
     with talk.engine:
         yield talk
 
 
-def do(talk: Talk, line: str) -> list[str]:
+def do(talk: ChatState, line: str) -> list[str]:
     """What a line led to, as the notes it left."""
     pages = talk.screen
     assert isinstance(pages, Pages)
@@ -79,7 +79,7 @@ def do(talk: Talk, line: str) -> list[str]:
     return pages.notes
 
 
-def hold(talk: Talk) -> None:
+def hold(talk: ChatState) -> None:
     """Keep the engine's thread busy until the next answer was stopped."""
     begun, held = threading.Event(), threading.Event()
 
@@ -92,11 +92,11 @@ def hold(talk: Talk) -> None:
     talk.screen.held = held  # type: ignore[attr-defined]
 
 
-def asked(talk: Talk) -> list[str]:
+def asked(talk: ChatState) -> list[str]:
     return [message["content"][-1]["text"] for message in talk.session.messages if message["role"] == "user"]
 
 
-def test_a_question_that_fails_is_given_back(talk: Talk, folder: Path) -> None:
+def test_a_question_that_fails_is_given_back(talk: ChatState, folder: Path) -> None:
     do(talk, "one")
     do(talk, "./triangle.png two")
     kept = talk.session.messages
@@ -108,7 +108,7 @@ def test_a_question_that_fails_is_given_back(talk: Talk, folder: Path) -> None:
     assert asked(talk) == ["one"] and do(talk, "/tokens")[0].endswith(" of 100, in 1 turn")
 
 
-def test_a_question_stopped_before_its_answer_is_given_back(talk: Talk, folder: Path) -> None:
+def test_a_question_stopped_before_its_answer_is_given_back(talk: ChatState, folder: Path) -> None:
     do(talk, "one")
     hold(talk)
     do(talk, "./triangle.png two")
@@ -118,7 +118,7 @@ def test_a_question_stopped_before_its_answer_is_given_back(talk: Talk, folder: 
     assert (talk.prefill, talk.turns, asked(talk)) == ("one", [], [])
 
 
-def test_a_picture_by_its_address(talk: Talk, folder: Path) -> None:
+def test_a_picture_by_its_address(talk: ChatState, folder: Path) -> None:
     with serving((folder / "triangle.png").read_bytes()) as server:
         assert "triangle" not in do(talk, f"/image {server}/good.png?key=secret")[-1]
         assert do(talk, f"/image triangle.png {server}/moved")[-1].startswith("picture 3: moved, ")
@@ -133,7 +133,7 @@ def test_a_picture_by_its_address(talk: Talk, folder: Path) -> None:
         assert done.returncode == 1 and "picture 1: good.png" in done.stderr and "questions come from" in done.stderr
 
 
-def test_retry_edit_and_undo_change_the_last_turn_only(talk: Talk, folder: Path) -> None:
+def test_retry_edit_and_undo_change_the_last_turn_only(talk: ChatState, folder: Path) -> None:
     do(talk, "one")
     do(talk, "./triangle.png two")
     do(talk, "/retry")
@@ -152,7 +152,7 @@ def test_retry_edit_and_undo_change_the_last_turn_only(talk: Talk, folder: Path)
             do(talk, line)
 
 
-def test_what_waits_for_the_next_question(talk: Talk, folder: Path) -> None:
+def test_what_waits_for_the_next_question(talk: ChatState, folder: Path) -> None:
     assert do(talk, "/image 'my heart.png' triangle.png")[0] == "picture 1: my heart.png, 224 × 224"
     do(talk, "/image")
     assert talk.pictures == []
@@ -162,7 +162,9 @@ def test_what_waits_for_the_next_question(talk: Talk, folder: Path) -> None:
         do(talk, "/image")
 
 
-def test_the_clipboard_holds_a_picture_files_or_text(talk: Talk, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clipboard_holds_a_picture_files_or_text(
+    talk: ChatState, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held: list[Any] = [Image.new("P", (3, 2)), [folder / "triangle.png"], None]
     monkeypatch.setattr("PIL.ImageGrab.grabclipboard", lambda: held.pop(0))
     for name in ("wl-paste", "pbpaste"):
@@ -177,7 +179,7 @@ def test_the_clipboard_holds_a_picture_files_or_text(talk: Talk, folder: Path, m
     assert [turn.text for turn in talk.turns] == ["Which?"], talk.screen.errors  # type: ignore[attr-defined]
 
 
-def test_a_file_keeps_the_conversation_and_is_not_lost_to_the_next(talk: Talk, folder: Path) -> None:
+def test_a_file_keeps_the_conversation_and_is_not_lost_to_the_next(talk: ChatState, folder: Path) -> None:
     do(talk, "/system Be short.")
     do(talk, "one")
     do(talk, "/save 'a talk.session'")
@@ -190,7 +192,7 @@ def test_a_file_keeps_the_conversation_and_is_not_lost_to_the_next(talk: Talk, f
     assert asked(talk) == ["one", "two"]
 
 
-def test_pictures_of_a_loaded_conversation_are_known_but_not_to_edit(talk: Talk, folder: Path) -> None:
+def test_pictures_of_a_loaded_conversation_are_known_but_not_to_edit(talk: ChatState, folder: Path) -> None:
     do(talk, "./triangle.png one")
     first = talk.session.messages[-1]
     do(talk, "/save talk.session")
@@ -201,7 +203,7 @@ def test_pictures_of_a_loaded_conversation_are_known_but_not_to_edit(talk: Talk,
         do(talk, "/edit")
 
 
-def test_an_exported_conversation_can_be_asked_of_the_engine(talk: Talk, folder: Path) -> None:
+def test_an_exported_conversation_can_be_asked_of_the_engine(talk: ChatState, folder: Path) -> None:
     do(talk, "./triangle.png one")
     do(talk, "/export talk.json")
     asked, answered = json.loads((folder / "talk.json").read_text("utf-8"))["messages"]
@@ -209,7 +211,7 @@ def test_an_exported_conversation_can_be_asked_of_the_engine(talk: Talk, folder:
     assert (reply.text, reply.usage["images"]) == (answered["content"], 1)
 
 
-def test_a_command_that_is_none_is_told_with_the_nearest(talk: Talk) -> None:
+def test_a_command_that_is_none_is_told_with_the_nearest(talk: ChatState) -> None:
     with pytest.raises(OptionError, match=r"/hepl is no command.* did you mean /help\?"):
         do(talk, "/hepl")
     with pytest.raises(OptionError, match="/help shows them all"):

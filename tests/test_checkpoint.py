@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten
 
 from mlx_gemma3.checkpoint.load import Checkpoint, open_checkpoint
 from mlx_gemma3.checkpoint.load import load_model as load_named
+from mlx_gemma3.checkpoint.safetensors import canonical_name, read_folder, read_header
 from mlx_gemma3.checkpoint.source import Source
-from mlx_gemma3.checkpoint.tensors import canonical_name, read_folder, read_header
 from mlx_gemma3.config import Config
 from mlx_gemma3.errors import CheckpointError, ConfigError, Gemma3Error, OptionError
 from mlx_gemma3.model.gemma3 import Gemma3

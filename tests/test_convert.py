@@ -21,9 +21,9 @@ import tiny_tokenizer
 from mlx.utils import tree_flatten
 
 import mlx_gemma3 as g3
-from mlx_gemma3.checkpoint.contents import Packing
+from mlx_gemma3.checkpoint.entries import Packing
 from mlx_gemma3.convert import Report, converter
-from mlx_gemma3.convert.layout import config_json
+from mlx_gemma3.convert.folder_format import config_json
 from mlx_gemma3.convert.recipe import MODES, make_recipe, packing
 from mlx_gemma3.convert.writer import Planned, split
 from mlx_gemma3.errors import CheckpointError, Gemma3Error, OptionError, OutputError

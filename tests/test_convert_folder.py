@@ -14,7 +14,7 @@ import tiny_gguf
 from mlx.utils import tree_flatten
 
 import mlx_gemma3 as g3
-from mlx_gemma3.checkpoint.contents import Note, read_note
+from mlx_gemma3.checkpoint.entries import Note, read_note
 from mlx_gemma3.convert import converter
 from mlx_gemma3.convert.converter import HEAD_FILE
 from mlx_gemma3.errors import PromptError, TokenizerError

@@ -293,7 +293,7 @@ def test_on_the_cpu_attention_is_attention(
 ) -> None:
     monkeypatch.setattr(cpu, "BLOCK", 300)
     monkeypatch.setattr(cpu, "MANY", 1)
-    monkeypatch.setattr(cpu, "LONE", 100)
+    monkeypatch.setattr(cpu, "VECTOR_NUMBERS", 100)
     shapes = ((2, 6, length, 8), (2, 3, count, 8), (2, 3, count, 8))
     q, k, v = (mx.random.normal(shape, key=mx.random.key(n)) * 3 for n, shape in enumerate(shapes))
     ages = mx.arange(count - length, count)[:, None] - mx.arange(count)[None]

@@ -18,7 +18,7 @@ import tiny_gguf
 from mlx.utils import tree_flatten
 
 from mlx_gemma3.checkpoint import gguf_blocks
-from mlx_gemma3.checkpoint.contents import Packing
+from mlx_gemma3.checkpoint.entries import Packing
 from mlx_gemma3.checkpoint.load import load_model
 from mlx_gemma3.config import Config
 from mlx_gemma3.errors import CheckpointError, Gemma3Error

@@ -11,7 +11,7 @@ import pytest
 import tiny_gguf
 
 from mlx_gemma3.checkpoint import gguf_blocks
-from mlx_gemma3.checkpoint.contents import Packing
+from mlx_gemma3.checkpoint.entries import Packing
 from mlx_gemma3.checkpoint.gguf_blocks import BlockType, block_type, empty_rows, pack_blocks, read_rows
 from mlx_gemma3.errors import CheckpointError
 

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_gemma3.checkpoint.load import load_model
-from mlx_gemma3.checkpoint.tensors import PATCH_WEIGHT, canonical_name
+from mlx_gemma3.checkpoint.safetensors import PATCH_WEIGHT, canonical_name
 from mlx_gemma3.model.gemma3 import Gemma3
 
 TESTS = Path(__file__).parent

@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 
 import mlx_gemma3 as g3
 from mlx_gemma3.checkpoint.load import open_checkpoint
+from mlx_gemma3.checkpoint.safetensors import read_header
 from mlx_gemma3.checkpoint.source import Source
-from mlx_gemma3.checkpoint.tensors import read_header
 
 TOKENS = [[2, 5, 9, 30, 77, 105]]
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"

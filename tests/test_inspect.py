@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from mlx_gemma3.checkpoint import memory
 from mlx_gemma3.checkpoint.memory import GIB
-from mlx_gemma3.checkpoint.sizes import SIZES
+from mlx_gemma3.checkpoint.published import SIZES
 from mlx_gemma3.commands.fit import fit, parse_context
 from mlx_gemma3.commands.inspect import inspect
 from mlx_gemma3.errors import Gemma3Error, OptionError, SourceNotFound

@@ -17,12 +17,12 @@ from mlx.utils import tree_flatten, tree_map
 from random_model import random_model, tiny_config
 
 from mlx_gemma3.checkpoint import memory
-from mlx_gemma3.checkpoint.contents import Entry, Packing
+from mlx_gemma3.checkpoint.entries import Entry, Packing
 from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
 from mlx_gemma3.checkpoint.memory import GIB, cache_bytes, estimate, loaded_bytes, planned_bytes
-from mlx_gemma3.checkpoint.sizes import SIZES, size_in, size_of
+from mlx_gemma3.checkpoint.published import SIZES, size_in, size_of
 from mlx_gemma3.checkpoint.source import resolve
-from mlx_gemma3.checkpoint.store import open_store
+from mlx_gemma3.checkpoint.weights import open_store
 from mlx_gemma3.commands.fit import tokens_text
 from mlx_gemma3.config import GLOBAL, LOCAL, Config
 from mlx_gemma3.convert import convert

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma3.checkpoint.contents import Packing
+from mlx_gemma3.checkpoint.entries import Packing
 from mlx_gemma3.convert.packing import join_codes, pack
 from mlx_gemma3.convert.recipe import MODES
 

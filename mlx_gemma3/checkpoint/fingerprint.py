@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from .load import Checkpoint
-from .tensors import shards
+from .safetensors import shards
 
 _SAMPLES, _BYTES = 64, 4096
 

@@ -23,9 +23,9 @@ import numpy as np
 from ..config import Config
 from ..errors import CheckpointError
 from ..gguf_header import GGUFHeader, GGUFTensor
-from .contents import Entry, Packing
+from .entries import Entry, Packing
 from .gguf_blocks import BlockType, block_type, empty_rows, read_rows
-from .tensors import PATCH_WEIGHT, channels_last
+from .safetensors import PATCH_WEIGHT, channels_last
 
 _TEXT_PARTS = {
     "attn_q": "self_attn.q_proj",

@@ -37,7 +37,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
-from .contents import Packing
+from .entries import Packing
 
 GROUP = 32
 _EXACT_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5}

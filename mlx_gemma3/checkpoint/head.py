@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import CheckpointError
 from ..gguf_header import GGUFHeader
 from .gguf_blocks import block_type
-from .tensors import EMBEDDING, Place, canonical_name, read_header, shards
+from .safetensors import EMBEDDING, Place, canonical_name, read_header, shards
 
 _HEAD = "lm_head.weight"
 _PARTS = ("weight", "scales", "biases")

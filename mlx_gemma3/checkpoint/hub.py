@@ -1,6 +1,7 @@
 """One revision of a repository on the Hub: which files, are they allowed, do they fit, fetch them.
 
-Besides convert/upload.py the only file that knows huggingface_hub, imported when it is needed and not before; retries,
+With convert/upload.py and prompt/address.py one of the files that know huggingface_hub or httpx, imported when they are
+needed and not before; retries,
 progress bars and the cache are the library's. Owns the sentence for everything that can go wrong on the way, and the
 rule for a cached copy that is whole. Written for huggingface_hub 1.0 to 2.4.
 """
@@ -24,8 +25,8 @@ from ..errors import CheckpointError, ConfigError, GatedSource, OfflineSource, S
 from ..paths import temporary_folder
 from ..prompt.vocabulary import VOCABULARIES
 from ..visible import visible
-from .files import CONFIG_FILES, Plan, choose
-from .tensors import INDEX
+from .safetensors import INDEX
+from .selection import CONFIG_FILES, Plan, choose
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A checkpoint: its config, generation settings and tokenizer, and the model with its weights in place.
 
 Owns what is strict about loading: every tensor of the model is there once, in its shape, and nothing else; a module is
-quantised exactly when it has scales (packings.py). Files and names belong to tensors.py and gguf.py, finding them to
-source.py, what is decided by looking into them to tuned.py and head.py.
+quantised exactly when it has scales (packings.py). Files and names belong to safetensors.py and gguf.py, finding them
+to source.py, what is decided by looking into them to tuned.py and head.py.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ..prompt.tokenizer import Tokenizer
 from ..reading import read_json
 from ..visible import listed
 from . import gguf, gguf_config
-from .contents import Entry
+from .entries import Entry
 from .head import gguf_has_own_head, has_own_head
 from .packings import dtype_name, packings
+from .safetensors import EMBEDDING, is_vision, read_folder
 from .source import Source, resolve
-from .tensors import EMBEDDING, is_vision, read_folder
 from .tuned import find_template, gguf_template, judge
 
 

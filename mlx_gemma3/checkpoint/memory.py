@@ -22,8 +22,8 @@ from ..errors import OptionError
 from ..model.cache import KV_BITS, KV_GROUP, STEP, WindowCache
 from ..model.chunks import GRAIN, LONGEST_UNFUSED, SCORE_BYTES, SHORTEST, chunk_size, score_bytes
 from ..model.gemma3 import Gemma3
-from .contents import Entry, Packing
-from .tensors import is_vision
+from .entries import Entry, Packing
+from .safetensors import is_vision
 
 GIB = 1 << 30
 WEIGHT_BITS = (16, 8, 6, 5, 4, 3, 2)
@@ -96,11 +96,11 @@ def estimate(
         at, chunk = hardest_read(config, context, **bits, dtype_bytes=dtype_bytes, fused=fused)
     else:
         at, chunk = context, min(chunk, context)
-    far, near = cache_bytes(config, context, **bits, dtype_bytes=dtype_bytes)
+    kv_global, kv_local = cache_bytes(config, context, **bits, dtype_bytes=dtype_bytes)
     return Estimate(
         weights=weight_bytes,
-        kv_global=far,
-        kv_local=near,
+        kv_global=kv_global,
+        kv_local=kv_local,
         prefill=prefill_bytes(config, at, chunk, **bits, dtype_bytes=dtype_bytes, fused=fused),
         vision=vision_bytes(config, dtype_bytes=dtype_bytes),
         logits=4 * text.vocab_size,  # one row, float32: the head runs on the last position only
@@ -117,13 +117,13 @@ def cache_bytes(
     8 or 4 bits it takes bits / 8 bytes and its share of a scale and a bias: 2 * dtype_bytes / 64.
     """
     text = config.text
-    far = sum(text.is_global(layer) for layer in range(text.num_hidden_layers))
+    global_layers = sum(text.is_global(layer) for layer in range(text.num_hidden_layers))
     row = 2 * text.num_key_value_heads * text.head_dim
     room = -(-context // STEP) * STEP
-    near_room = WindowCache(text.sliding_window).capacity
+    local_room = WindowCache(text.sliding_window).capacity
     return (
-        _stored(far * row * room, kv_bits, dtype_bytes),
-        _stored((text.num_hidden_layers - far) * row * near_room, local_kv_bits, dtype_bytes),
+        _stored(global_layers * row * room, kv_bits, dtype_bytes),
+        _stored((text.num_hidden_layers - global_layers) * row * local_room, local_kv_bits, dtype_bytes),
     )
 
 

@@ -7,8 +7,8 @@ import math
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from .contents import Entry, Packing, Store
-from .tensors import PATCH_WEIGHT
+from .entries import Entry, Packing, Store
+from .safetensors import PATCH_WEIGHT
 
 PIECE = 1 << 22  # numbers looked at together: 16 MiB in float32
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from ..errors import CheckpointError, ConfigError
 from ..model.gemma3 import Gemma3
-from .tensors import canonical_name
+from .safetensors import canonical_name
 
 # MLX's packings: bits, group sizes. Affine has floating scales and biases, the others scales of one byte.
 _MODES: Mapping[str, tuple[frozenset[int], frozenset[int]]] = {

@@ -1,7 +1,7 @@
 """A name → local files: a folder, a .gguf file, an alias, or a repository on the Hub, in this order.
 
-Owns the table of aliases and the joining of weights that come in parts. Which files of a place are wanted is files.py,
-the Hub is hub.py; what is in the files is for the rest of this room.
+Owns the table of aliases and the joining of weights that come in parts. Which files of a place are wanted is
+selection.py, the Hub is hub.py; what is in the files is for the rest of this room.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..gguf_header import is_gguf as has_signature
 from ..paths import CACHE_VARIABLE, cache_folder, temporary_folder
 from ..reading import reason
 from ..writing import clear_abandoned, replacing
-from .files import choose, first_part, is_gguf, other_file
 from .gguf_config import kind_of
 from .hub import Repository, megabytes
-from .tensors import INDEX
+from .safetensors import INDEX
+from .selection import choose, first_part, is_gguf, other_file
 
 
 @dataclass(frozen=True)

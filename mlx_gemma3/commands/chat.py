@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine, Session
     from .talk.input import Input
     from .talk.screen import Terminal
-    from .talk.talk import Talk
+    from .talk.talk import ChatState
 
 
 _ENDS = (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
@@ -59,12 +59,12 @@ def chat(
     force: Annotated[bool, typer.Option("--force", help="Load even where memory will not do.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes: answers and errors only.")] = False,
 ) -> None:
-    """Talk with a model, in words and pictures. /help shows the commands."""
+    """ChatState with a model, in words and pictures. /help shows the commands."""
     from ..prompt.address import is_address
     from .talk.loading import Loading, must_be_fetched
     from .talk.screen import Leave, Plain, Screen, Terminal
     from .talk.settings import Settings
-    from .talk.talk import Talk
+    from .talk.talk import ChatState
 
     settings = Settings(options)
     if was_closed(0):
@@ -97,7 +97,7 @@ def chat(
     screen: Screen = at or Plain(quiet=quiet)
     hidden = not (terminal and must_be_fetched(model))
     loading = Loading(model, make_engine, make_session)
-    talk = Talk(loading, screen, settings, system, session)
+    talk = ChatState(loading, screen, settings, system, session)
     for source in image or []:
         if source == "-":
             raise PromptError(
@@ -129,7 +129,7 @@ def chat(
     raise typer.Exit(status)
 
 
-def _input(talk: Talk) -> Input:
+def _input(talk: ChatState) -> Input:
     """The line that is typed on, and what stands below it."""
     from ..paths import data_folder
     from .talk.input import Input
@@ -143,7 +143,7 @@ def _input(talk: Talk) -> Input:
     return Input(data_folder() / "chat_history", talk.loading, state)
 
 
-def _at_a_terminal(talk: Talk, screen: Terminal, asker: Input, *, wait: bool) -> int:
+def _at_a_terminal(talk: ChatState, screen: Terminal, asker: Input, *, wait: bool) -> int:
     """Ask and answer until the person leaves; returns the exit status."""
     if wait:
         _ = talk.session
@@ -169,7 +169,7 @@ def _at_a_terminal(talk: Talk, screen: Terminal, asker: Input, *, wait: bool) ->
     return 0
 
 
-def _line_by_line(talk: Talk) -> int:
+def _line_by_line(talk: ChatState) -> int:
     """Each line of standard input is a question or a command; returns 1 when something went wrong."""
     try:
         while not talk.ended and (line := sys.stdin.readline()):
@@ -183,7 +183,7 @@ def _line_by_line(talk: Talk) -> int:
     return 1 if talk.failed else 0
 
 
-def _take(talk: Talk, line: str) -> None:
+def _take(talk: ChatState, line: str) -> None:
     """Do what a line says; an error of ours is one line, and the chat goes on."""
     from .talk.lines import Command, read
     from .talk.verbs import run

@@ -17,7 +17,7 @@ from .terminal import emit, say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..checkpoint.contents import Entry
+    from ..checkpoint.entries import Entry
     from ..checkpoint.memory import Estimate, Machine
     from ..config import Config
 
@@ -49,7 +49,7 @@ def fit(
 ) -> None:
     """Say which sizes, bits and contexts fit into memory, with the arithmetic."""
     from ..checkpoint.memory import WEIGHT_BITS, other_mac, this_machine
-    from ..checkpoint.sizes import SIZES
+    from ..checkpoint.published import SIZES
     from ..model.cache import KV_BITS
 
     for name, asked in (("--kv-bits", kv_bits), ("--local-kv-bits", local_kv_bits)):
@@ -138,9 +138,9 @@ def _find(model: str, *, text_only: bool) -> Subject:
         SourceNotFound: no such path, and no size in the name.
     """
     from ..checkpoint.load import open_checkpoint
-    from ..checkpoint.sizes import SIZES, size_in, size_of
+    from ..checkpoint.published import SIZES, size_in, size_of
     from ..checkpoint.source import resolve
-    from ..checkpoint.store import open_store
+    from ..checkpoint.weights import open_store
 
     try:
         exists = Path(model).expanduser().exists()
@@ -158,7 +158,7 @@ def _find(model: str, *, text_only: bool) -> Subject:
 
 
 def _published(size: str, *, text_only: bool) -> Subject:
-    from ..checkpoint.sizes import SIZES
+    from ..checkpoint.published import SIZES
 
     return Subject(size, replace(SIZES[size], vision=None) if text_only else SIZES[size])
 
@@ -214,7 +214,7 @@ def one(subject: Subject, machine: Machine, tokens: int | None, kv_bits: int, bi
 
 def _smaller(subject: Subject, machine: Machine, context: int, kv_bits: int) -> dict[str, Any] | None:
     """The largest published size below this one that holds as much in this memory, in the most bits; None for none."""
-    from ..checkpoint.sizes import SIZES
+    from ..checkpoint.published import SIZES
 
     for size in reversed(list(SIZES)):
         other = _published(size, text_only=subject.config.vision is None)
@@ -234,7 +234,7 @@ def _explained(subject: Subject, machine: Machine, context: int, kv_bits: int) -
 
     config = subject.config
     text, kinds = config.text, config.text.layer_types
-    far = sum(text.is_global(layer) for layer in range(len(kinds)))
+    global_layers = sum(text.is_global(layer) for layer in range(len(kinds)))
     row = f"layers x 2 x {text.num_key_value_heads} heads x {text.head_dim} x"
     size = machine.dtype_bytes
     both = {"kv_bits": kv_bits, "local_kv_bits": subject.local_kv_bits}
@@ -243,8 +243,8 @@ def _explained(subject: Subject, machine: Machine, context: int, kv_bits: int) -
     scores = score_bytes(config, at, chunk, kv_bits=kv_bits, dtype_bytes=size, fused=machine.metal)
     stored = {name: f"{bits} bits and scales" if bits < 16 else f"{size * 8} bits" for name, bits in both.items()}
     return {
-        "kv_global": f"{far} {row} {room:,} tokens, {stored['kv_bits']}",
-        "kv_local": f"{len(kinds) - far} {row} {WindowCache(text.sliding_window).capacity:,} tokens, "
+        "kv_global": f"{global_layers} {row} {room:,} tokens, {stored['kv_bits']}",
+        "kv_local": f"{len(kinds) - global_layers} {row} {WindowCache(text.sliding_window).capacity:,} tokens, "
         f"{stored['local_kv_bits']}",
         "prefill": f"{chunk:,} tokens at once"
         + (f", scores {text.num_attention_heads} heads x {chunk:,} x {at:,}" if scores else ""),

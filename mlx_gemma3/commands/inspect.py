@@ -17,7 +17,7 @@ from ..visible import one_line
 from .terminal import columns, emit, print_notes, say
 
 if TYPE_CHECKING:
-    from ..checkpoint.contents import Entry
+    from ..checkpoint.entries import Entry
     from ..checkpoint.load import Checkpoint
 
 CONTEXTS = (4096, 32768, 131072)
@@ -31,7 +31,7 @@ def inspect(
     """Show what a checkpoint holds, how it is packed, and what memory it needs, without loading it."""
     from ..checkpoint.load import open_checkpoint
     from ..checkpoint.source import resolve
-    from ..checkpoint.store import open_store
+    from ..checkpoint.weights import open_store
 
     checkpoint = open_checkpoint(resolve(source, text_only=text_only, quiet=as_json), text_only=text_only)
     about = describe(checkpoint, open_store(checkpoint).entries)
@@ -44,11 +44,11 @@ def inspect(
 
 def describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any]:
     """Everything that the command shows, in plain types; sizes in bytes."""
-    from ..checkpoint.sizes import size_of
+    from ..checkpoint.published import size_of
 
     config = checkpoint.config
     text, vision = config.text, config.vision
-    far = [layer for layer in range(text.num_hidden_layers) if text.is_global(layer)]
+    global_layers = [layer for layer in range(text.num_hidden_layers) if text.is_global(layer)]
     count, size = _totals(entries)
     return {
         "name": checkpoint.name,
@@ -61,8 +61,8 @@ def describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any]
         "context": text.max_position_embeddings,
         "layers": {
             "count": text.num_hidden_layers,
-            "global": far,
-            "local": text.num_hidden_layers - len(far),
+            "global": global_layers,
+            "local": text.num_hidden_layers - len(global_layers),
             "window": text.sliding_window,
         },
         "pictures": None if vision is None else {"pixels": vision.image_size, "tokens": config.mm_tokens_per_image},
@@ -80,7 +80,7 @@ def describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any]
 
 def _note(checkpoint: Checkpoint) -> str | None:
     """What the checkpoint says of itself: the first words of its card, or a GGUF's own description."""
-    from ..checkpoint.contents import read_note
+    from ..checkpoint.entries import read_note
 
     if checkpoint.gguf is None:
         return read_note(checkpoint.path).text or None

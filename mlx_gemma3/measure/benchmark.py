@@ -19,9 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.load import Checkpoint, load_model, open_checkpoint
-from ..checkpoint.sizes import size_of
+from ..checkpoint.published import size_of
 from ..checkpoint.source import resolve
-from ..checkpoint.store import open_store
+from ..checkpoint.weights import open_store
 from ..errors import OptionError
 from ..generation.batch import Batch, Row
 from ..generation.choice import Chooser, choose

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoint.contents import Entry
+from ..checkpoint.entries import Entry
 from ..checkpoint.memory import loaded_bytes
-from ..checkpoint.tensors import EMBEDDING, is_vision
+from ..checkpoint.safetensors import EMBEDDING, is_vision
 from ..config import Config
 from ..model.cache import KV_GROUP
 
@@ -69,11 +69,11 @@ def step_kv_bytes(config: Config, depth: int, *, kv_bits: int, dtype_bytes: int)
     """
     text = config.text
     row = 2 * text.num_key_value_heads * text.head_dim
-    far = sum(text.is_global(layer) for layer in range(text.num_hidden_layers))
-    seen = far * (depth + 1) * row
-    near = (text.num_hidden_layers - far) * min(depth + 1, text.sliding_window) * row
+    global_layers = sum(text.is_global(layer) for layer in range(text.num_hidden_layers))
+    seen = global_layers * (depth + 1) * row
+    local = (text.num_hidden_layers - global_layers) * min(depth + 1, text.sliding_window) * row
     packed = seen * kv_bits // 8 + seen * 2 * dtype_bytes // KV_GROUP
-    return near * dtype_bytes + (seen * dtype_bytes if kv_bits == 16 else packed)
+    return local * dtype_bytes + (seen * dtype_bytes if kv_bits == 16 else packed)
 
 
 def bandwidth() -> Bandwidth:

@@ -37,7 +37,7 @@ MatrixRows = Callable[[slice, Floats], Floats]  # (which, room for as many) → 
 MOST_CORES = 4
 UNPACK_FROM = 4  # rows
 MANY = 64  # rows; a product with fewer is slow
-LONE_ROWS = 4  # up to as many are multiplied one by one, a block of the matrix after another
+VECTOR_ROWS = 4  # up to as many are multiplied one by one, a block of the matrix after another
 FEW_ROWS = 12  # with a LARGE matrix, which memory delivers more slowly than it is multiplied with
 LARGE = 1 << 22  # numbers
 MOST_TURNED = 32  # rows; up to as many the matrix is the left side
@@ -45,8 +45,8 @@ WORTH_SHARING = 1 << 18  # numbers of a packed matrix, a quarter of a millisecon
 BLOCK = 1 << 19  # numbers that are worked on at a time: two megabytes, which the cache holds
 SMALL = 1 << 16  # numbers; fewer are copied sooner than MLX makes room for them
 # Numbers that one vector meets. For more OpenBLAS wakes its threads, which then stay in the way of MLX's.
-LONE = 400_000
-NEVER = np.float32(-1e30)  # the score of a key that is not seen; its exponential is 0
+VECTOR_NUMBERS = 400_000
+MASKED = np.float32(-1e30)  # the score of a key that is not seen; its exponential is 0
 
 
 def kernels() -> Kernels:
@@ -79,7 +79,7 @@ def matmul(x: mx.array, rows: MatrixRows, count: int, step: int) -> mx.array:
     left = floats(x).reshape(-1, x.shape[-1])
     room = np.empty((step, x.shape[-1]), np.float32)
 
-    vectors = len(left) <= LONE_ROWS or (len(left) <= FEW_ROWS and count * x.shape[-1] > LARGE)
+    vectors = len(left) <= VECTOR_ROWS or (len(left) <= FEW_ROWS and count * x.shape[-1] > LARGE)
     step = step or (min(count, max(1, BLOCK // x.shape[-1])) if len(left) > 1 and vectors else count)
 
     def write(out: Floats) -> None:
@@ -124,13 +124,13 @@ def attend(
             seen = count - length + min(start + step, length) if isinstance(mask, str) else count  # keys
             pieces = [slice(0, seen)]
             if length == 1:
-                part, few = part[:, None], LONE // size
+                part, few = part[:, None], VECTOR_NUMBERS // size
                 pieces = [slice(first, min(first + few, seen)) for first in range(0, seen, few)]
             scores = room[: len(part) * seen].reshape(*part.shape[:-1], seen)
             for some in pieces:
                 np.matmul(part, k[row, group, some].T, out=scores[..., some])
             if hidden is not None:
-                np.copyto(scores.reshape(together, -1, seen), NEVER, where=hidden[row, here[2], :seen])
+                np.copyto(scores.reshape(together, -1, seen), MASKED, where=hidden[row, here[2], :seen])
             scores -= scores.max(axis=-1, keepdims=True)
             np.exp(scores, out=scores)
             found = sum(scores[..., some] @ v[row, group, some] for some in pieces)

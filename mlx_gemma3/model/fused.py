@@ -66,7 +66,7 @@ class FusedDecoder:
             self.layers.append(FusedLayer(layer, kernels, dtype))
         self.gain, self.eps = gain(text.norm, dtype), text.norm.eps
         self.kernels = kernels
-        self.parts = Parts(kernels, text.layers[0].self_attn, self.eps)
+        self.parts = LayerFunctions(kernels, text.layers[0].self_attn, self.eps)
         self.before, self.after = kernels.compile(self.parts.before), kernels.compile(self.parts.after)
 
     def __call__(self, x: mx.array, context: Context, *, last_only: bool = False) -> mx.array:
@@ -83,7 +83,7 @@ class FusedDecoder:
 
 
 class FusedLayer:
-    """The weights of a DecoderLayer, as Parts takes them."""
+    """The weights of a DecoderLayer, as LayerFunctions takes them."""
 
     def __init__(self, layer: DecoderLayer, kernels: Kernels, dtype: mx.Dtype) -> None:
         self.rule = attention = layer.self_attn
@@ -107,7 +107,7 @@ class FusedLayer:
         )
 
 
-class Parts:
+class LayerFunctions:
     """What a layer does before its attention, and after it, with the weights of any layer."""
 
     def __init__(self, kernels: Kernels, attention: Attention, eps: float) -> None:

@@ -21,7 +21,7 @@ from .timeline import Timeline, Tokens
 
 
 @dataclass
-class Exchange:
+class Turn:
     """One turn of the user's and the model's answer to it."""
 
     text: str  # what the user said
@@ -39,7 +39,7 @@ class Conversation:
     end_of_turn: int  # token id
     newline: tuple[int, ...]  # the ids of "\n"
     system: str | None = None
-    exchanges: list[Exchange] = field(default_factory=list)
+    exchanges: list[Turn] = field(default_factory=list)
     features: dict[str, mx.array] = field(default_factory=dict)  # (T, D) rows of its pictures by digest
     pixels: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # (S, S, 3) of those not yet encoded
     versions: set[str] = field(default_factory=set)  # digests of the files that it was read from or written to
@@ -71,7 +71,7 @@ class Conversation:
             moved = tuple((start - 1, stop - 1) for start, stop in asked.spans)
             asked = Tokens(self.newline) + Tokens(asked.ids[1:], moved, asked.digests)
         self.pixels |= {name: view for name, view in pixels.items() if name not in self.features}
-        self.exchanges.append(Exchange(text, images, asked))
+        self.exchanges.append(Turn(text, images, asked))
 
     def prompt(self) -> Tokens:
         """Everything up to the model's turn that comes next."""

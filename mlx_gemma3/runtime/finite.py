@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..checkpoint.load import Checkpoint
 from ..checkpoint.numbers import not_finite, refusal
-from ..checkpoint.store import open_store
+from ..checkpoint.weights import open_store
 from ..errors import CheckpointError
 
 

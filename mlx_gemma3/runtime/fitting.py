@@ -14,7 +14,7 @@ from ..checkpoint.memory import (
     this_machine,
     vision_bytes,
 )
-from ..checkpoint.store import open_store
+from ..checkpoint.weights import open_store
 from ..errors import MemoryNeedError
 
 _USUAL_CONTEXT = 4096  # what must fit when nobody says how long it will be

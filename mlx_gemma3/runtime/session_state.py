@@ -14,7 +14,7 @@ from typing import Any
 from ..config import Config
 from ..errors import SessionError
 from ..model.cache import KV_GROUP, Caches, CacheState, WindowCache
-from .conversation import Conversation, Exchange
+from .conversation import Conversation, Turn
 from .timeline import Tokens
 
 FLOATS = ("F32", "BF16", "F16")  # as safetensors spells them
@@ -32,7 +32,7 @@ class State:
     border: tuple[int, tuple[int, ...]] | None  # a snapshot: its position, and rows as above
     tokens: Tokens
     system: str | None
-    exchanges: tuple[Exchange, ...]
+    exchanges: tuple[Turn, ...]
 
 
 def plain(conversation: Conversation, caches: CacheState) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class _Reader:
                 raise self.wrong(name, repr(digest)[:60], "32 hexadecimal digits")
         return Tokens(ids, tuple(ranges), tuple(digests))
 
-    def exchange(self, value: Any) -> Exchange:
+    def exchange(self, value: Any) -> Turn:
         text, images, asked, said, reply = self.fields("exchange", value, "text", "images", "asked", "said", "reply")
         question = self.tokens("asked", asked)
         answer = None if said is None else self.tokens("said", said)
@@ -197,4 +197,4 @@ class _Reader:
             raise self.wrong("said", "pictures", "none")
         spans = len(question.spans)  # a picture may be shown in crops too
         images = self.number("images", images, min(spans, 1), spans)
-        return Exchange(self.text("text", text), images, question, answer, self.text("reply", reply))
+        return Turn(self.text("text", text), images, question, answer, self.text("reply", reply))

@@ -29,12 +29,12 @@ class Attached:
     """A picture for a question."""
 
     name: str
-    source: str | Image  # a file's path, or the picture itself (from the clipboard, or fetched)
-    address: str | None = None  # where it was fetched
+    image: Image  # decoded once, here
+    place: str | None = None  # its path or address; None from the clipboard
 
 
 @dataclass
-class Turn:
+class Asked:
     """A question that was answered."""
 
     text: str
@@ -42,7 +42,7 @@ class Turn:
 
 
 @dataclass
-class Talk:
+class ChatState:
     """The state that the commands work on."""
 
     loading: Loading
@@ -51,7 +51,7 @@ class Talk:
     system: str | None = None
     file: Path | None = None  # where the conversation is kept
     pictures: list[Attached] = field(default_factory=list)  # for the next question
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[Asked] = field(default_factory=list)
     prefill: str = ""  # stands at the next prompt
     editing: bool = False  # the next question takes the place of the last one
     usage: Usage | None = None  # of the last answer
@@ -82,7 +82,7 @@ class Talk:
         for message in session.messages:
             if message["role"] == "user":
                 texts = [item["text"] for item in message["content"] if item["type"] == "text"]
-                self.turns.append(Turn("".join(texts), None if len(message["content"]) > len(texts) else []))
+                self.turns.append(Asked("".join(texts), None if len(message["content"]) > len(texts) else []))
             elif message["role"] == "system":
                 self.system = message["content"]
 
@@ -116,8 +116,8 @@ class Talk:
             self.turns.pop()
             pictures, self.editing = [*before, *pictures], False
         self.pictures = []
-        sources = [picture.source for picture in pictures]
-        self._answer(Turn(text, pictures), self.session.send(text, images=sources, **self.settings.values))
+        sources = [picture.image for picture in pictures]
+        self._answer(Asked(text, pictures), self.session.send(text, images=sources, **self.settings.values))
 
     def retry(self) -> None:
         """Answer the last question once more."""
@@ -125,7 +125,7 @@ class Talk:
         self.turns.pop()
         self._answer(turn, self.session.retry(**self.settings.values))
 
-    def undo(self) -> Turn:
+    def undo(self) -> Asked:
         """Forget the last question and its answer."""
         turn = self.last("/undo")
         self.session.undo()
@@ -133,13 +133,13 @@ class Talk:
         self.changed = True
         return turn
 
-    def last(self, command: str) -> Turn:
+    def last(self, command: str) -> Asked:
         """The last question. Raises PromptError when there is none."""
         if not self.turns:
             raise PromptError(command, got="no question yet", want="one to go back to")
         return self.turns[-1]
 
-    def _answer(self, turn: Turn, stream: Stream) -> None:
+    def _answer(self, turn: Asked, stream: Stream) -> None:
         """Show an answer. A question that got none is taken back and stands at the next prompt."""
         self.changed = True
         with stream:
@@ -163,7 +163,7 @@ class Talk:
         elif end["finish_reason"] == "length":
             self.screen.note("the answer was cut at its limit: say “go on”, or /set max_tokens 4096")
 
-    def _take_back(self, turn: Turn) -> None:
+    def _take_back(self, turn: Asked) -> None:
         if sum(message["role"] == "user" for message in self.session.messages) > len(self.turns):
             self.session.undo()
         self.prefill, self.pictures = turn.text, turn.pictures or []
@@ -184,7 +184,7 @@ class Talk:
         if isinstance(content, Path):
             with suppress(RuntimeError):  # `~` of a user who is not there
                 content = content.expanduser()
-            picture = Attached(content.name, str(content.absolute()))
+            picture = Attached(content.name, image, str(content.absolute()))
         else:
             address = source if isinstance(source, str) and remote(source) else None
             name = address.partition("?")[0].rstrip("/").rpartition("/")[2] if address else "a picture"
@@ -231,9 +231,9 @@ class Talk:
         ]
 
 
-def _placed(content: Sequence[dict[str, Any]], turn: Turn) -> list[dict[str, Any]]:
+def _placed(content: Sequence[dict[str, Any]], turn: Asked) -> list[dict[str, Any]]:
     """The items of a user's message, their paths added."""
-    paths = iter([picture.address or picture.source for picture in turn.pictures or []])
+    paths = iter([picture.place for picture in turn.pictures or []])
     items = []
     for item in content:
         path = next(paths, None) if item["type"] == "image" else None

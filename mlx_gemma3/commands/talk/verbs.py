@@ -11,7 +11,7 @@ from ...errors import OptionError, PromptError
 from . import export
 from .clipboard import clipboard
 from .lines import Command, Said, paths, pictures
-from .talk import Attached, Talk
+from .talk import Attached, ChatState
 
 
 class Verb(NamedTuple):
@@ -20,12 +20,12 @@ class Verb(NamedTuple):
     name: str
     takes: str
     help: str
-    run: Callable[[Talk, str], None]
+    run: Callable[[ChatState, str], None]
     completes: Literal["", "pictures", "files", "settings"] = ""
     needs_model: bool = True
 
 
-def run(talk: Talk, command: Command) -> None:
+def run(talk: ChatState, command: Command) -> None:
     """Do what a command says. Ctrl-C while it waits for the model drops it.
 
     Raises:
@@ -42,7 +42,7 @@ def run(talk: Talk, command: Command) -> None:
         verb.run(talk, command.rest)
 
 
-def _image(talk: Talk, rest: str) -> None:
+def _image(talk: ChatState, rest: str) -> None:
     if not rest and talk.pictures:
         talk.pictures = []
         talk.screen.note("no picture waits any more")
@@ -54,7 +54,7 @@ def _image(talk: Talk, rest: str) -> None:
         talk.attach(source)
 
 
-def _paste(talk: Talk, _: str) -> None:
+def _paste(talk: ChatState, _: str) -> None:
     held = clipboard()
     if isinstance(held, str):
         talk.prefill = held.strip("\n")
@@ -68,7 +68,7 @@ def _paste(talk: Talk, _: str) -> None:
         talk.screen.note(f"picture {len(talk.pictures)}: from the clipboard, {held.width} × {held.height}")
 
 
-def _system(talk: Talk, rest: str) -> None:
+def _system(talk: ChatState, rest: str) -> None:
     if not rest:
         talk.screen.rows([("system", talk.system or "none")])
         return
@@ -79,11 +79,11 @@ def _system(talk: Talk, rest: str) -> None:
         talk.new()
 
 
-def _retry(talk: Talk, _: str) -> None:
+def _retry(talk: ChatState, _: str) -> None:
     talk.retry()
 
 
-def _edit(talk: Talk, rest: str) -> None:
+def _edit(talk: ChatState, rest: str) -> None:
     turn = talk.last("/edit")
     if turn.pictures is None:
         raise PromptError("/edit", got="a question whose pictures were not saved with it", do="/undo, and ask it anew")
@@ -94,17 +94,17 @@ def _edit(talk: Talk, rest: str) -> None:
         talk.prefill = turn.text
 
 
-def _undo(talk: Talk, _: str) -> None:
+def _undo(talk: ChatState, _: str) -> None:
     turn = talk.undo()
     talk.screen.note(f"forgotten: {_short(turn.text)} · {_turns(len(talk.turns))} left")
 
 
-def _tokens(talk: Talk, _: str) -> None:
+def _tokens(talk: ChatState, _: str) -> None:
     most = talk.engine.about["max_context"]
     talk.screen.rows([("tokens", f"{talk.session.tokens:,} of {most:,}, in {_turns(len(talk.turns))}")])
 
 
-def _stats(talk: Talk, _: str) -> None:
+def _stats(talk: ChatState, _: str) -> None:
     usage = talk.usage
     if usage is None:
         raise PromptError("/stats", got="no answer yet", want="one to tell of")
@@ -128,7 +128,7 @@ def _stats(talk: Talk, _: str) -> None:
     )
 
 
-def _set(talk: Talk, rest: str) -> None:
+def _set(talk: ChatState, rest: str) -> None:
     word, _, value = rest.partition(" ")
     if not word:
         talk.screen.rows(talk.settings.rows())
@@ -137,7 +137,7 @@ def _set(talk: Talk, rest: str) -> None:
     talk.screen.rows([(name, talk.settings.show(name))])
 
 
-def _save(talk: Talk, rest: str) -> None:
+def _save(talk: ChatState, rest: str) -> None:
     if not rest and talk.file is None:
         raise PromptError("/save", got="no file", want="the name of one")
     file = _file("/save", rest) if rest else talk.file
@@ -146,7 +146,7 @@ def _save(talk: Talk, rest: str) -> None:
     talk.screen.note(f"saved in {saved}; kept there on leaving too")
 
 
-def _load(talk: Talk, rest: str) -> None:
+def _load(talk: ChatState, rest: str) -> None:
     file = _file("/load", rest)
     session = talk.engine.session(resume=file)
     if talk.file is None or talk.file.resolve() != file.resolve():  # else: back to what was saved
@@ -156,7 +156,7 @@ def _load(talk: Talk, rest: str) -> None:
     talk.screen.note(f"{_turns(len(talk.turns))} in {file}{_last(talk)}")
 
 
-def _reset(talk: Talk, _: str) -> None:
+def _reset(talk: ChatState, _: str) -> None:
     talk.save()
     kept = f" · the one before is in {talk.file}" if talk.file else ""
     talk.new()
@@ -164,13 +164,13 @@ def _reset(talk: Talk, _: str) -> None:
     talk.screen.note("a new conversation" + (f" · system: {_short(talk.system)}" if talk.system else "") + kept)
 
 
-def _export(talk: Talk, rest: str) -> None:
+def _export(talk: ChatState, rest: str) -> None:
     file = _file("/export", rest)
     export.write(file, talk.messages(), talk.loading.model)
     talk.screen.note(f"{_turns(len(talk.turns))} written to {file}")
 
 
-def _help(talk: Talk, _: str) -> None:
+def _help(talk: ChatState, _: str) -> None:
     talk.screen.rows([(f"/{verb.name} {verb.takes}".rstrip(), verb.help) for verb in VERBS])
     talk.screen.note(
         "Enter sends, Esc Enter begins a line. Pictures can be dropped onto the terminal. "
@@ -178,7 +178,7 @@ def _help(talk: Talk, _: str) -> None:
     )
 
 
-def _quit(talk: Talk, _: str) -> None:
+def _quit(talk: ChatState, _: str) -> None:
     talk.ended = True
 
 
@@ -215,7 +215,7 @@ def _file(command: str, rest: str) -> Path:
     return named[0]
 
 
-def _last(talk: Talk) -> str:
+def _last(talk: ChatState) -> str:
     return f"; the last question: {_short(talk.turns[-1].text)}" if talk.turns else ""
 
 

@@ -15,7 +15,7 @@ from ..gguf_header import part_names
 from ..prompt.vocabulary import VOCABULARIES
 from ..reading import parse_json
 from ..visible import listed
-from .tensors import INDEX, canonical_name, is_vision, read_index
+from .safetensors import INDEX, canonical_name, is_vision, read_index
 
 CONFIG_FILES = (
     "config.json generation_config.json preprocessor_config.json processor_config.json added_tokens.json "

@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 
 from ..model.gemma3 import Gemma3
 from . import gguf
-from .contents import Entry, Packing, Store
+from .entries import Entry, Packing, Store
 from .load import Checkpoint, check_entries, fitted_model
-from .tensors import PATCH_WEIGHT, Place, channels_last, locate, read_folder
+from .safetensors import PATCH_WEIGHT, Place, channels_last, locate, read_folder
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
 
