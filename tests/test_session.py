@@ -61,6 +61,20 @@ def test_a_session_answers_as_an_engine_that_remembers_nothing(
         assert whole.tokens == first.tokens
 
 
+def test_an_image_token_that_the_model_wrote_is_text(engine: g3.Engine, pictures: list[Path]) -> None:
+    image = engine._thread.loaded.config.image_token_id
+    session = engine.session()
+    for bias in ({image: 100.0}, {image: 100.0}, None):  # also read once more, and before a turn with a picture
+        reply = session.send("the", logit_bias=bias, **OPTIONS).reply
+        assert bias is None or reply.tokens == [image] * OPTIONS["max_tokens"]
+    assert session.send("and this", images=[pictures[0]], **OPTIONS).reply.usage["images"] == 1
+    session.undo()
+    session.undo()
+    session.undo()
+    session.send("again", **OPTIONS).reply
+    assert len(session.messages) == 4
+
+
 def test_only_what_is_new_is_processed(engine: g3.Engine, pictures: list[Path]) -> None:
     session = engine.session()
     first = session.send(LONG, images=[pictures[2]], **OPTIONS).reply.usage

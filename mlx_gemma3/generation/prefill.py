@@ -71,19 +71,27 @@ def prefill_chunks(length: int, spans: Spans, chunk: int) -> list[tuple[int, int
 
 
 def read_chunk(
-    runner: Runner, tokens: Sequence[int], caches: Caches, features: Sequence[mx.array] = (), *, last: bool
+    runner: Runner,
+    tokens: Sequence[int],
+    caches: Caches,
+    features: Sequence[mx.array] = (),
+    spans: Spans = (),
+    *,
+    last: bool,
 ) -> mx.array | None:
     """Read the tokens that follow what the caches hold; they are computed when this returns.
 
     Args:
         features: (T, D) of each picture of these tokens, in order.
+        spans: where these stand among these tokens. An image token elsewhere is text.
         last: the prompt ends here.
 
     Returns:
         (1, V) float32 logits after the last token where `last`, else None.
     """
     ids = np.array([tokens], dtype=np.int32)
-    hidden = runner.read(ids, mx.stack(list(features)) if features else None, caches, last_only=True)
+    rows = mx.stack(list(features)) if features else None
+    hidden = runner.read(ids, rows, caches, last_only=True, spans=spans)
     logits = runner.head(hidden)[:, -1] if last else None
     mx.eval(caches.arrays, [] if logits is None else logits)
     return logits
@@ -114,8 +122,15 @@ def prefill(
     for begin, end in prefill_chunks(
         len(tokens), spans, chunk or usual_chunk(runner, caches, caches.offset + len(tokens))
     ):
-        inside = [rows for rows, (start, stop) in zip(features, spans, strict=True) if begin <= start and stop <= end]
-        logits = read_chunk(runner, tokens[begin:end], caches, inside, last=end == len(tokens))
+        inside = [number for number, (start, stop) in enumerate(spans) if begin <= start and stop <= end]
+        logits = read_chunk(
+            runner,
+            tokens[begin:end],
+            caches,
+            [features[number] for number in inside],
+            [(spans[number][0] - begin, spans[number][1] - begin) for number in inside],
+            last=end == len(tokens),
+        )
     assert logits is not None
     return logits
 

@@ -95,6 +95,7 @@ class Gemma3(nn.Module):
         tokens: mx.array | np.ndarray | Sequence[Sequence[int]],
         features: mx.array | None = None,
         caches: Caches | None = None,
+        spans: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[mx.array, mx.array | None]:
         """The rows that the decoder reads. Looks at `tokens` on the host, so they cannot be lazy for free.
 
@@ -102,6 +103,8 @@ class Gemma3(nn.Module):
             tokens: (B, L) int32.
             features: (N, T, D) from `encode_images`, the pictures of these tokens; None without pictures.
             caches: what was read before; they note whether these tokens end in an image block.
+            spans: where the pictures stand in a single sequence, as half-open ranges in order: an image token that the
+                model itself wrote is text. None: every image token belongs to a picture.
 
         Returns:
             (B, L, D), and (B, L) int32 image blocks, 0 for text; None when there is no image token.
@@ -112,10 +115,13 @@ class Gemma3(nn.Module):
         ids = np.asarray(tokens)
         if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
             raise PromptError("tokens", got=f"{ids.dtype} of shape {ids.shape}", want="integers (B, L), L >= 1")
-        blocks = self._image_blocks(ids, 0 if features is None else features.shape[0], caches)
+        image = ids == self.config.image_token_id
+        if spans is not None:
+            image &= _inside(spans, ids.shape[1])
+        blocks = self._image_blocks(ids, image, 0 if features is None else features.shape[0], caches)
         rows = self.language_model.embed(mx.array(ids.astype(np.int32)))
         if features is not None and blocks is not None:
-            rows = _replace_rows(rows, features, ids == self.config.image_token_id)
+            rows = _replace_rows(rows, features, image)
         return rows, mx.array(blocks) if blocks is not None else None
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -144,7 +150,9 @@ class Gemma3(nn.Module):
         if tuple(pixels.shape[1:]) != (size, size, 3):
             raise PromptError("pixels", got=tuple(pixels.shape), want=f"(N, {size}, {size}, 3)")
 
-    def _image_blocks(self, ids: np.ndarray, count: int, caches: Caches | None) -> np.ndarray | None:
+    def _image_blocks(
+        self, ids: np.ndarray, image: np.ndarray, count: int, caches: Caches | None
+    ) -> np.ndarray | None:
         """Number the image blocks of each row: (B, L) int32, 0 for text; None when there is no image token.
 
         A block is a maximal run of image tokens (modeling_gemma3.py:686-694). Refuses what cannot be computed
@@ -157,7 +165,6 @@ class Gemma3(nn.Module):
         if config.vision is None:
             return None
         per_image = config.mm_tokens_per_image
-        image = ids == config.image_token_id
         if image.sum() != count * per_image:
             raise PromptError(
                 "image tokens",
@@ -174,6 +181,14 @@ class Gemma3(nn.Module):
         if caches is not None:
             caches.ends_in_image = bool(image[:, -1].any())
         return blocks if image.any() else None
+
+
+def _inside(spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:
+    """(length,) bool: true inside the spans."""
+    inside = np.zeros(length, dtype=bool)
+    for start, stop in spans:
+        inside[start:stop] = True
+    return inside
 
 
 def _replace_rows(rows: mx.array, features: mx.array, image: np.ndarray) -> mx.array:

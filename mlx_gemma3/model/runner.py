@@ -64,17 +64,19 @@ class Runner:
         features: mx.array | None = None,
         caches: Caches | None = None,
         last_only: bool = False,
+        spans: Sequence[tuple[int, int]] | None = None,
     ) -> mx.array:
         """A chunk of a prompt, without the head: (B, L) int32 → (B, L or 1, D) normed hidden states.
 
         Args:
             features: (N, T, D) from `encode_images`, the pictures of these tokens; None without pictures.
+            spans: where these pictures stand, see Gemma3.embed.
 
         Raises:
             PromptError: see Gemma3.
         """
         assert caches is None or caches.padding is None, _PADDED
-        rows, blocks = self.model.embed(tokens, features, caches)
+        rows, blocks = self.model.embed(tokens, features, caches, spans)
         return self._decoder(rows, Chunk(rows.shape[1], caches, blocks), last_only=last_only)
 
     def step(self, tokens: mx.array, rows: Sequence[Caches]) -> mx.array:

@@ -200,8 +200,10 @@ class Timeline:
         """
         begin, end = self.next_chunk(most)
         prompt = self._prompt
-        pictures = [features(number) for number in self.pictures(begin, end)]
-        logits = read_chunk(self.runner, prompt.ids[begin:end], self.caches, pictures, last=end == len(prompt))
+        inside = self.pictures(begin, end)
+        pictures = [features(number) for number in inside]
+        spans = [(start - begin, stop - begin) for start, stop in (prompt.spans[number] for number in inside)]
+        logits = read_chunk(self.runner, prompt.ids[begin:end], self.caches, pictures, spans, last=end == len(prompt))
         self.tokens, self.logits = prompt.head(end), logits
         if logits is not None:
             self.caches.take_snapshot(logits, budget=self.snapshot_bytes)
