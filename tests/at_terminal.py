@@ -53,7 +53,8 @@ class Seen:
             [sys.executable, "-c", start, *map(str, arguments)],
             stdin=self.inner if stdin is None else stdin, stdout=self.inner, stderr=self.inner,
             start_new_session=True, cwd=folder,
-            env=os.environ | {"TERM": "xterm-256color", "MLX_GEMMA3_DATA": f"{folder}/data"} | dict(environment or {}),
+            env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+            | {"TERM": "xterm-256color", "MLX_GEMMA3_DATA": f"{folder}/data"} | dict(environment or {}),
         )  # fmt: skip
 
     def pump(self, seconds: float, done: Callable[[], bool] = lambda: False, send: bytes = b"") -> bool:

@@ -78,9 +78,9 @@ def gone(held: threading.Thread, seconds: float = 20) -> bool:
 
 
 def test_after_a_cancel_at_most_one_step_or_chunk_is_begun(base: g3.Engine, work: Work) -> None:
-    """From another thread, at 100 random moments, half of them while the prompt is read."""
+    """From another thread, at 50 random moments, half of them while the prompt is read."""
     chance, cut_short = random.Random(5), 0
-    for turn in range(100):
+    for turn in range(50):
         wait = chance.randrange(6) if turn % 2 else chance.randrange(9, 16)
         stream = base.stream(f"{turn} {LONG}", **ENDLESS)
         for _ in range(wait):
@@ -91,7 +91,7 @@ def test_after_a_cancel_at_most_one_step_or_chunk_is_begun(base: g3.Engine, work
         cut_short += reply.finish_reason == "cancelled"
         assert work.begun - begun <= 1, turn
         assert reply.usage["processed_tokens"] + reply.usage["cached_tokens"] <= reply.usage["prompt_tokens"]
-    assert cut_short == 100
+    assert cut_short == 50
 
 
 def test_a_cancel_at_the_begin_of_a_step_is_the_last_step(base: g3.Engine, work: Work) -> None:

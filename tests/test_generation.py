@@ -96,14 +96,14 @@ def allowed(logits: np.ndarray, sampling: Sampling) -> set[int]:
 )
 def test_every_allowed_id_is_drawn_and_no_other(sampling: Sampling) -> None:
     logits = np.random.default_rng(3).normal(0, 2, 60).astype(np.float32)
-    rows = mx.array(np.tile(logits, (20_000, 1)))
+    rows = mx.array(np.tile(logits, (8_000, 1)))
     drawn = np.array(sample(rows, sampling, mx.random.split(mx.random.key(5), len(rows))))
     want = allowed(logits, sampling)
     assert set(drawn.tolist()) <= want
     scores = np.exp(logits[sorted(want)] / sampling.temperature)
     expected = scores / scores.sum()
     counts = np.array([(drawn == token).mean() for token in sorted(want)])
-    assert np.abs(counts - expected).max() < 0.02  # 20,000 draws: five standard deviations of the largest share
+    assert np.abs(counts - expected).max() < 0.03  # 8,000 draws: five standard deviations of the largest share
 
 
 def test_greedy_takes_the_best_and_needs_no_key() -> None:

@@ -332,7 +332,9 @@ PROXIES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("proxy", PROXIES, ids=str)
+@pytest.mark.parametrize(
+    "proxy", [*PROXIES[:3], *(pytest.param(proxy, marks=pytest.mark.slow) for proxy in PROXIES[3:])]
+)
 def test_a_proxy_that_makes_no_sense_is_one_sentence_and_a_cached_model_answers(
     tmp_path: Path, proxy: dict[str, str]
 ) -> None:

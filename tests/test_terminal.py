@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from at_terminal import NAME, SHOWN, Seen, every_byte, hidden_in
@@ -24,6 +25,11 @@ from mlx_gemma3.visible import visible
 PACKAGE = Path(__file__).resolve().parent.parent / "mlx_gemma3"
 PROGRAM = [sys.executable, "-W", "error", "-m", "mlx_gemma3.cli"]
 GREEDY = ("--temperature", "0")
+
+
+def slow(value: object) -> Any:
+    """A row of a table that only the slow tests try."""
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -152,17 +158,19 @@ def shell(command: str, **more: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+QUICK = (
+    "generate -m {it} --temperature 0 --max-tokens 3 hi", "inspect {it}", "--help",
+    "chat -m {it} -q --temperature 0 --max-tokens 5",
+)  # fmt: skip
 COMMANDS = (
-    "generate -m {it} --temperature 0 --max-tokens 3 hi",
     "generate -m {it} --temperature 0 --max-tokens 3 --json hi",
-    "inspect {it}", "inspect --json {it}", "fit", "fit --json 4b", "--version", "--help", "generate --help",
+    "inspect --json {it}", "fit", "fit --json 4b", "--version", "generate --help",
     "bench -m {it} --prompt-tokens 8 --context 8 --tokens 2 --repeat 1 -q",
     "evaluate {it} --text {notes} -q", "convert {it} {notes}.out --bits 8 -q --overwrite",
-    "chat -m {it} -q --temperature 0 --max-tokens 5",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.split()[:1] + command.split()[-1:]))
+@pytest.mark.parametrize("command", QUICK + tuple(map(slow, COMMANDS)))
 def test_streams_that_are_closed_or_full_are_one_sentence_at_most(
     chat_folder: Path, tmp_path: Path, command: str
 ) -> None:
@@ -420,7 +428,11 @@ def test_a_long_paste_while_answering_does_not_shut_out_control_c(never_ending: 
 
 @pytest.mark.parametrize(
     "typed",
-    [b"\x1b[200~never ended", b"\x1b[", b"\x1b]0;", b"\x1bP", b"\xff\xfe\x9b", b"\x1b[" + b"1;" * 3000, b"\x1b" * 99],
+    [
+        b"\x1b[200~never ended",
+        *(slow(typed) for typed in (b"\x1b[", b"\x1b]0;", b"\x1bP", b"\xff\xfe\x9b", b"\x1b[" + b"1;" * 3000)),
+        b"\x1b" * 99,
+    ],
 )
 def test_typed_escape_bytes_do_not_hang_the_prompt(chat_folder: Path, tmp_path: Path, typed: bytes) -> None:
     with Seen("chat", "-m", chat_folder, folder=tmp_path) as seen:
@@ -462,7 +474,7 @@ def test_history_and_exports_are_private_and_follow_no_link(chat_folder: Path, t
 # Tiny terminals
 
 
-@pytest.mark.parametrize("columns", [1, 20])
+@pytest.mark.parametrize("columns", [slow(1), 20])
 def test_tiny_terminals(chat_folder: Path, tmp_path: Path, columns: int) -> None:
     flags = ("--prompt-tokens", "8", "--context", "8", "--tokens", "2", "--repeat", "1")
     for words in (("inspect", chat_folder), ("fit",), ("fit", "4b"), ("bench", "-m", chat_folder, *flags), ("--help",)):

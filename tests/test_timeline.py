@@ -106,11 +106,11 @@ class Talk:
                     written.append(token)
                     if self.random.random() < 0.1:
                         break
-                if 58 not in written and 60 not in written and self.random.random() < 0.8:
+                if self.random.random() < 0.8:
                     self.turns.append((written, [], []))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_any_sequence_of_actions_gives_the_uncached_logits(model: Runner, seed: int) -> None:
     Talk(model, seed, snapshot_bytes=[0, 30_000, 1 << 30][seed % 3]).run(6)
 

@@ -150,9 +150,7 @@ class Gemma3(nn.Module):
         if tuple(pixels.shape[1:]) != (size, size, 3):
             raise PromptError("pixels", got=tuple(pixels.shape), want=f"(N, {size}, {size}, 3)")
 
-    def _image_blocks(
-        self, ids: np.ndarray, image: np.ndarray, count: int, caches: Caches | None
-    ) -> np.ndarray | None:
+    def _image_blocks(self, ids: np.ndarray, image: np.ndarray, count: int, caches: Caches | None) -> np.ndarray | None:
         """Number the image blocks of each row: (B, L) int32, 0 for text; None when there is no image token.
 
         A block is a maximal run of image tokens (modeling_gemma3.py:686-694). Refuses what cannot be computed

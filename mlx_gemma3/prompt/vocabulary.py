@@ -318,10 +318,11 @@ def _check_merges(
 ) -> None:
     """SentencePiece joins any two neighbours that form a piece, lowest id first: the listed merges must say the same.
 
-    Added tokens are matched before merging, so their own merges do not count; except the runs of U+2581, which
-    SentencePiece matches as a whole, longest first, where Hugging Face merges spaces. That comes to the same when
-    their merges stand before all others, those of longer runs first, and no longer piece holds a run. Another added
-    token with U+2581, if not `loose`, matches only that character: spaces would be merged to it, here they are not.
+    Added tokens are matched before merging, so merges to them and of them do not count; except the runs of U+2581,
+    which SentencePiece matches as a whole, longest first, where Hugging Face merges spaces. That comes to the same
+    when their merges stand before all others, those of longer runs first, and no longer piece holds a run. Another
+    added token with U+2581, if not `loose`, matches only that character: spaces would be merged to it, here they are
+    not.
     """
     if not isinstance(merges, list) or len(merges) > _MOST_CHARACTERS:
         raise _refusal(source, "merges", "another thing, or too many", f"a list of at most {_MOST_CHARACTERS:,}")
@@ -335,7 +336,7 @@ def _check_merges(
             if ids[piece] < last:
                 got = f"{piece!r} (id {ids[piece]}) after id {last}"
                 raise _refusal(source, "merges", got, "merges in the order of ids")
-            last, listed = ids[piece], listed + 1
+            last, listed = ids[piece], listed + (pair[0] not in added and pair[1] not in added)
         elif piece.strip(SPACE):
             if SPACE in piece and piece not in loose:
                 raise _refusal(source, "merges", f"the added token {piece!r}, which spaces form too", "none of it")
@@ -343,11 +344,11 @@ def _check_merges(
             if listed or len(piece) > run:
                 raise _refusal(source, "merges", f"a run of {len(piece)} U+2581 late", "longer runs first, then words")
             run = len(piece)
-    possible = 0
+    possible, mergeable = 0, ids.keys() - added
     for piece in ids:
         if piece not in added:
-            cuts = range(1, len(piece))
-            possible += sum(piece[:cut] in ids and piece[cut:] in ids for cut in cuts)
+            halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+            possible += sum(one in mergeable and other in mergeable for one, other in halves)
     if listed != possible:
         raise _refusal(source, "merges", f"{listed} pairs", f"all {possible} pairs of pieces that form a piece")
     runs = sorted(piece for piece in added if not piece.strip(SPACE))

@@ -67,6 +67,7 @@ class Server:
         self._waiting: deque[_Job] = deque()
         self._current: _Job | None = None  # what is begun now
         self._answering: list[_Job] = []  # answers on their way
+        self._telling = 0  # ends that are being written
         self._parallel = 1  # most of them, as the engine was loaded
         self._ending = False
         self._engine: Engine | None = None
@@ -115,7 +116,7 @@ class Server:
                 job, _failure(job.id, ClosedError("worker", got="its end before this request's turn", want=_ALIVE))
             )
         with self._state:
-            self._state.wait_for(lambda: self._current is None and not self._answering, LEAVE_SECONDS)
+            self._state.wait_for(lambda: self._current is None and not self._answering and not self._telling, LEAVE_SECONDS)
             stuck = [job for job in (self._current, *self._answering) if job is not None]
         for job in stuck:  # inside something that cannot be asked to stop
             self._end(job, _failure(job.id, ClosedError("worker", got="its end during this request", want=_ALIVE)))
@@ -236,9 +237,13 @@ class Server:
                 self._current = None
             if job in self._answering:
                 self._answering.remove(job)
+            self._telling += not told
             self._state.notify_all()
         if not told:
             self._emit(event)
+            with self._state:
+                self._telling -= 1
+                self._state.notify_all()
 
     def _load(self, job: _Job) -> Mapping[str, Any]:
         from ..runtime.engine import Engine
