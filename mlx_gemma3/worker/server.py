@@ -116,7 +116,7 @@ class Server:
                 job, _failure(job.id, ClosedError("worker", got="its end before this request's turn", want=_ALIVE))
             )
         with self._state:
-            self._state.wait_for(lambda: self._current is None and not self._answering and not self._telling, LEAVE_SECONDS)
+            self._state.wait_for(lambda: not (self._current or self._answering or self._telling), LEAVE_SECONDS)
             stuck = [job for job in (self._current, *self._answering) if job is not None]
         for job in stuck:  # inside something that cannot be asked to stop
             self._end(job, _failure(job.id, ClosedError("worker", got="its end during this request", want=_ALIVE)))
