@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import mlx_gemma3 as g3
-from mlx_gemma3.model.gemma3 import Gemma3
+from mlx_gemma3.model.runner import Runner
 
 WORDS = "the river runs past the old mill and the children count the boats that pass below it ".split()
 
@@ -31,7 +31,7 @@ def count_work() -> list[int]:
         return counted
 
     for name in ("step", "read"):
-        setattr(Gemma3, name, counting(getattr(Gemma3, name)))
+        setattr(Runner, name, counting(getattr(Runner, name)))
     return begun
 
 

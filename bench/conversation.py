@@ -15,10 +15,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
 from mlx_gemma3.checkpoint.source import resolve
+from mlx_gemma3.model.runner import on_device
 from mlx_gemma3.runtime.timeline import Timeline, Tokens
 
 PEER = Path(__file__).parent / "peers" / "mlx_lm_conversation.py"
@@ -69,25 +71,31 @@ def main() -> None:
 
 def here(source: str, plan: list[tuple[str, list[int]]]) -> list[tuple[int, float]]:
     """(tokens processed, seconds to the logits) of each prompt in turn."""
-    model = load_model(open_checkpoint(resolve(source), text_only=True), text_only=True)
-    model.fuse()
-    timeline = Timeline(model, model.make_caches())
+    runner = on_device(load_model(open_checkpoint(resolve(source), text_only=True), text_only=True))
+    timeline = Timeline(runner, runner.make_caches())
     rows = []
     history = plan[0][1]
     began = time.perf_counter()
     for stop in (len(history) - 120, len(history) - 40, len(history)):  # as a conversation has borders between turns
-        timeline.read(Tokens(tuple(history[:stop])), _no_pictures)
+        read(timeline, history[:stop])
     rows.append((len(history), time.perf_counter() - began))
     for _, prompt in plan[1:]:
         began = time.perf_counter()
-        logits, reused = timeline.read(Tokens(tuple(prompt)), _no_pictures)
-        assert logits is not None
-        int(logits.argmax().item())  # type: ignore[arg-type]
+        reused = read(timeline, prompt)
+        int(mx.argmax(timeline.logits).item())  # type: ignore[arg-type]
         rows.append((len(prompt) - reused, time.perf_counter() - began))
     return rows
 
 
-def _no_pictures(_: int) -> None:  # type: ignore[misc]
+def read(timeline: Timeline, prompt: list[int]) -> int:
+    """Read a prompt of words; returns the count of its tokens that were there already."""
+    reused = timeline.open(Tokens(tuple(prompt)))
+    while timeline.logits is None:
+        timeline.read_chunk(_no_pictures)
+    return reused
+
+
+def _no_pictures(_: int) -> mx.array:
     raise AssertionError("no pictures here")
 
 

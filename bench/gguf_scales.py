@@ -67,15 +67,16 @@ import sys
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_gemma3.checkpoint.load import load_model
+from mlx_gemma3.model.runner import on_device
 def status(key):
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 before = status("VmRSS")
 model = load_model(sys.argv[1], dtype=sys.argv[2])
-model.fuse()
+runner = on_device(model)
 weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-caches = model.make_caches()
-mx.eval(model([[2, 818, 5279, 529, 7001, 563]], caches=caches, last_only=True))
-mx.eval(model.step(mx.array([506]), caches))
+caches = runner.make_caches()
+mx.eval(runner.head(runner.read([[2, 818, 5279, 529, 7001, 563]], caches=caches, last_only=True)))
+mx.eval(runner.step(mx.array([506]), [caches]))
 print(before, status("VmRSS"), status("VmHWM"), weights)
 """
 

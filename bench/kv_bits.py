@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
 from mlx_gemma3.checkpoint.source import resolve
+from mlx_gemma3.model.runner import on_device
 
 KINDS = ((8, 16), (4, 16), (8, 8), (4, 4))  # bits of global and of local layers
 CHUNK, SLICE = 256, 64
@@ -28,18 +29,17 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=sorted((Path(__file__).parent / "text").glob("*.txt"))[0])
     options = parser.parse_args()
     checkpoint = open_checkpoint(resolve(options.model), text_only=True)
-    model = load_model(checkpoint, text_only=True)
-    model.fuse()
+    runner = on_device(load_model(checkpoint, text_only=True))
     ids = checkpoint.tokenizer().encode(options.text.read_text(encoding="utf-8"), bos=True)[: options.tokens]
-    exact = model.make_caches()
-    others = [model.make_caches(kv_bits=far, local_kv_bits=near) for far, near in KINDS]
+    exact = runner.make_caches()
+    others = [runner.make_caches(kv_bits=far, local_kv_bits=near) for far, near in KINDS]
     divergence: list[list[float]] = [[] for _ in KINDS]
     agree: list[list[bool]] = [[] for _ in KINDS]
     for start in range(0, len(ids), CHUNK):
         piece = [ids[start : start + CHUNK]]
-        rows = [model.read(piece, caches=caches) for caches in (exact, *others)]
+        rows = [runner.read(piece, caches=caches) for caches in (exact, *others)]
         for at in range(0, len(piece[0]), SLICE):
-            want, *got = (model.head(hidden[:, at : at + SLICE])[0] for hidden in rows)
+            want, *got = (runner.head(hidden[:, at : at + SLICE])[0] for hidden in rows)
             p = want - mx.logsumexp(want, axis=-1, keepdims=True)
             for n, logits in enumerate(got):
                 q = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -10,7 +10,6 @@ needs Gemma 3's tokenizer.json and tokenizer_config.json, from the folder --toke
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -62,39 +61,11 @@ def timed(command: list[str]) -> float:
 
 
 def write_folder(folder: Path, dtype: str, tokenizer: Path | None) -> Path:
-    """The 270M's GGUF as a plain Hub folder: weights in `dtype`, config.json, tokenizer files."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
+    """The 270M's GGUF as a plain folder, weights in `dtype`; with another tokenizer's files where they are given."""
+    import mlx_gemma3 as g3
 
-    from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
-    from mlx_gemma3.checkpoint.source import resolve
-    from mlx_gemma3.prompt.vocabulary import read_vocabulary
-
-    folder.mkdir()
-    checkpoint = open_checkpoint(resolve("gemma-3-270m"))
-    weights = dict(tree_flatten(load_model(checkpoint, dtype=dtype).parameters()))
-    named = {name.replace("language_model.", "model."): array for name, array in weights.items()}
-    mx.save_safetensors(str(folder / "model.safetensors"), named, {"format": "pt"})
-    text = checkpoint.config.text
-    config = {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "torch_dtype": dtype,
-        "eos_token_id": list(checkpoint.config.eos_token_ids),
-        "rope_theta": text.rope_theta,
-        "rope_local_base_freq": text.rope_local_theta,
-        "sliding_window_pattern": 6,
-    }
-    for name in (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "query_pre_attn_scalar sliding_window rms_norm_eps max_position_embeddings"
-    ).split():
-        config[name] = getattr(text, name)
-    config["query_pre_attn_scalar"] = int(text.query_pre_attn_scalar)  # transformers takes no 256.0
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    if tokenizer is None:
-        (folder / "tokenizer.model").write_bytes(read_vocabulary(checkpoint.path).sentencepiece())
-    else:
+    g3.convert("gemma-3-270m", folder, dequantize=True, dtype=dtype)
+    if tokenizer is not None:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(tokenizer / name, folder / name)
     return folder

@@ -113,7 +113,7 @@ def convert(
     checkpoint = open_checkpoint(found, text_only=text_only)
     if compare is not None:
         text_ids(checkpoint.tokenizer(), compare)  # what cannot be compared is refused now, not at the end
-    store = open_store(checkpoint)
+    store = open_store(checkpoint, exact=dequantize)
     if any(entry.packing for entry in store.entries) and not dequantize and (said or checkpoint.gguf is None):
         raise OptionError(
             f"{checkpoint.name}",

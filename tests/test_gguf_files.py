@@ -16,9 +16,10 @@ import tiny
 import tiny_gguf
 import tiny_tokenizer
 from conftest import PICTURES, TEMPLATE
+from test_gguf import WIDE, same_parameters
 
 import mlx_gemma3 as g3
-from mlx_gemma3.checkpoint.load import open_checkpoint
+from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
 from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.errors import CheckpointError, Gemma3Error, PromptError, SourceError
 from mlx_gemma3.gguf_header import GGUFHeader
@@ -33,6 +34,16 @@ def write(path: Path, config: Mapping[str, Any] = IMAGE, **settings: Any) -> Pat
     template = json.loads(TEMPLATE.read_text())["chat_template"]
     said = vocabulary | {"tokenizer.chat_template": template} | settings
     return tiny_gguf.write_gguf(path, config, tiny.random_tensors(config), kind="F16", settings=said)
+
+
+def test_dequantised_it_loses_nothing(tmp_path: Path) -> None:
+    """Types that can only be packed anew are written as the file's own numbers."""
+    vocabulary = tiny_gguf.vocabulary_settings(tiny_tokenizer.pieces())
+    tensors = tiny.random_tensors(WIDE)
+    path = tiny_gguf.write_gguf(tmp_path / "q6.gguf", WIDE, tensors, kind="Q6_K", settings=vocabulary)
+    report = g3.convert(path, tmp_path / "plain", dequantize=True, dtype="float32")
+    same_parameters(load_model(tmp_path / "plain", dtype="float32"), tiny_gguf.gguf_floats(tensors, "Q6_K"))
+    assert not report.repacked
 
 
 def answer(path: Path, *images: Path) -> list[int]:

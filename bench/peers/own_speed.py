@@ -22,6 +22,7 @@ from mlx_gemma3.generation.batch import decode
 from mlx_gemma3.generation.prefill import prefill
 from mlx_gemma3.generation.sampling import Sampling
 from mlx_gemma3.model.fused import gpu_kernels
+from mlx_gemma3.model.runner import Runner, on_device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conversation import here
@@ -30,29 +31,25 @@ GREEDY = Sampling(temperature=0)
 
 
 def words(folder: str, dtype: str) -> dict[str, float]:
-    model = load_model(folder, dtype=dtype, text_only=True)
-    model.fuse()
+    runner = on_device(load_model(folder, dtype=dtype, text_only=True))
 
     def generate(ids: list[int], count: int) -> Iterator[int]:
-        caches = model.make_caches()
-        logits = prefill(model, ids, caches)
-        assert logits is not None
-        return decode(model, logits, caches, sampling=GREEDY, max_tokens=count)
+        caches = runner.make_caches()
+        return decode(runner, prefill(runner, ids, caches), caches, sampling=GREEDY, max_tokens=count)
 
     found = measure(generate)
-    model.run_on(gpu_kernels())
+    runner = Runner(runner.model, gpu_kernels())
     found |= as_graph(measure(generate))
-    caches = model.make_caches()
-    prefill(model, prompt(32), caches)
+    caches = runner.make_caches()
+    prefill(runner, prompt(32), caches)
     token = mx.array([5])
-    found["build"] = build_time(lambda: mx.argmax(model.step(token, caches), axis=-1), mx.eval)
+    found["build"] = build_time(lambda: mx.argmax(runner.step(token, [caches]), axis=-1), mx.eval)
     return found
 
 
 def picture(folder: str, dtype: str) -> dict[str, float]:
-    model = load_model(folder, dtype=dtype)
-    model.fuse()
-    return measure_picture(lambda pixels: mx.eval(model.encode_images(pixels)), model.config.vision.image_size)
+    runner = on_device(load_model(folder, dtype=dtype))
+    return measure_picture(lambda pixels: mx.eval(runner.encode_images(pixels)), runner.config.vision.image_size)
 
 
 def question(folder: str, dtype: str, path: str) -> dict[str, float]:

@@ -20,8 +20,11 @@ from .safetensors import PATCH_WEIGHT, Place, channels_last, locate, read_folder
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
 
 
-def open_store(checkpoint: Checkpoint) -> Store:
+def open_store(checkpoint: Checkpoint, *, exact: bool = False) -> Store:
     """The store of an opened checkpoint. Reads headers only.
+
+    Args:
+        exact: matrices of a GGUF that can only be packed anew, with a loss, are plain.
 
     Raises:
         CheckpointError: what `load_model` would refuse too.
@@ -29,7 +32,7 @@ def open_store(checkpoint: Checkpoint) -> Store:
     if checkpoint.gguf is None:
         return FolderStore(checkpoint)
     header, projector = checkpoint.gguf
-    store = gguf.GGUFStore(header, None if checkpoint.text_only else projector, checkpoint.config)
+    store = gguf.GGUFStore(header, None if checkpoint.text_only else projector, checkpoint.config, exact=exact)
     check_entries(checkpoint.config, store.entries, checkpoint.path)
     return store
 
