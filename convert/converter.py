@@ -19,7 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_gemma3.arguments import takes
+from mlx_gemma3.boundary.arguments import takes
 from mlx_gemma3.checkpoint.entries import Store
 from mlx_gemma3.checkpoint.load import open_checkpoint
 from mlx_gemma3.checkpoint.numbers import refusal, step, unpacked

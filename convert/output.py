@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mlx_gemma3.boundary.writing import is_at, is_dead, lock, refusal
 from mlx_gemma3.errors import OutputError
-from mlx_gemma3.writing import is_at, is_dead, lock, refusal
 
 _WORKING, _REPLACED = "converting", "replaced"
 _SPARE = 64 << 20  # bytes for what stands beside the weights

@@ -18,9 +18,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .arguments import takes
+from .boundary.arguments import takes
+from .boundary.reading import read_json
 from .errors import ConfigError
-from .reading import read_json
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import mlx_gemma3 as g3
 from mlx_gemma3 import images
-from mlx_gemma3.arguments import argument, described, takes
+from mlx_gemma3.boundary.arguments import argument, described, takes
 from mlx_gemma3.config import Config
 from mlx_gemma3.errors import Gemma3Error, OptionError
 from mlx_gemma3.worker.client import WorkerEngine

@@ -17,12 +17,12 @@ import tiny
 import tiny_gguf
 from mlx.utils import tree_flatten
 
+from mlx_gemma3.boundary.gguf_header import GGUFHeader
 from mlx_gemma3.checkpoint import gguf_blocks
 from mlx_gemma3.checkpoint.entries import Packing
 from mlx_gemma3.checkpoint.load import load_model
 from mlx_gemma3.config import Config
 from mlx_gemma3.errors import CheckpointError, Gemma3Error
-from mlx_gemma3.gguf_header import GGUFHeader
 from mlx_gemma3.model.gemma3 import Gemma3
 
 TEXT, IMAGE = tiny.text_config(), tiny.image_config()

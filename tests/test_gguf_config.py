@@ -13,12 +13,12 @@ import tiny
 import tiny_gguf
 from conftest import TEMPLATE
 
+from mlx_gemma3.boundary.gguf_header import GGUFHeader
 from mlx_gemma3.checkpoint import gguf_config
 from mlx_gemma3.checkpoint.load import open_checkpoint
 from mlx_gemma3.checkpoint.source import Source
 from mlx_gemma3.config import GLOBAL, Config
 from mlx_gemma3.errors import ConfigError, Gemma3Error
-from mlx_gemma3.gguf_header import GGUFHeader
 
 TEXT, IMAGE = tiny.text_config(), tiny.image_config()
 

@@ -19,10 +19,10 @@ from conftest import PICTURES, TEMPLATE
 from test_gguf import WIDE, same_parameters
 
 import mlx_gemma3 as g3
+from mlx_gemma3.boundary.gguf_header import GGUFHeader
 from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
 from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.errors import CheckpointError, Gemma3Error, PromptError, SourceError
-from mlx_gemma3.gguf_header import GGUFHeader
 
 IMAGE, PICTURE = tiny.image_config(), PICTURES / "heart.png"
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0}

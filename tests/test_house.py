@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mlx_gemma3"
 CONVERT = ROOT / "convert"  # installed as mlx_gemma3.convert
 # A room imports from itself and from lower ranks only.
 RANKS = {
-    "visible": 0, "paths": 0, "errors": 1, "reading": 2, "writing": 3, "arguments": 2, "config": 3, "gguf_header": 3,
+    "visible": 0, "errors": 1, "boundary": 2, "config": 3,
     "prompt": 4, "model": 5, "checkpoint": 6, "generation": 7, "runtime": 8,
     "measure": 9, "worker": 9, "convert": 10, "__init__": 11, "commands": 12, "cli": 13,
 }  # fmt: skip
@@ -60,6 +60,26 @@ def test_prompt_knows_nothing_of_mlx_and_generation_nothing_of_text() -> None:
     for name, targets in imports().items():
         if name.startswith(("generation", "model")):
             assert not any(target.startswith("prompt") for target in targets), name
+
+
+def test_commands_call_the_upper_rooms_and_open_pictures() -> None:
+    rooms = {
+        "runtime",
+        "measure",
+        "convert",
+        "worker",
+        "errors",
+        "config",
+        "boundary",
+        "visible",
+        "__init__",
+        "commands",
+    }
+    pictures = {"prompt.address", "prompt.images"}
+    for name, targets in imports().items():
+        if name.startswith("commands"):
+            for target in targets:
+                assert target.split(".")[0] in rooms or target in pictures, f"{name} imports {target}"
 
 
 def loaded_after(code: str) -> set[str]:

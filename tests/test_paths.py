@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gemma3.paths import cache_folder, data_folder, temporary_folder
+from mlx_gemma3.boundary.paths import cache_folder, data_folder, temporary_folder
 
 WITHOUT_HOME = """
 import os, pwd, sys

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_gemma3.boundary.reading import NotRegular, open_regular, parse_json, read_json
 from mlx_gemma3.errors import ConfigError
-from mlx_gemma3.reading import NotRegular, open_regular, parse_json, read_json
 
 
 def test_only_regular_files_are_opened_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 import pytest
 
-from mlx_gemma3 import writing
+from mlx_gemma3.boundary import writing
+from mlx_gemma3.boundary.reading import NotRegular
 from mlx_gemma3.errors import OutputError
-from mlx_gemma3.reading import NotRegular
 
 
 def names(folder: Path) -> list[str]:
@@ -71,7 +71,7 @@ def test_a_full_disk_is_called_that() -> None:
 
 WRITE = """
 import sys
-from mlx_gemma3 import writing
+from mlx_gemma3.boundary import writing
 with writing.replacing(sys.argv[1]) as file:
     file.write(b"half")
     file.flush()

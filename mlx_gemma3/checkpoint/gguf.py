@@ -20,9 +20,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..boundary.gguf_header import GGUFHeader, GGUFTensor
 from ..config import Config
 from ..errors import CheckpointError
-from ..gguf_header import GGUFHeader, GGUFTensor
 from .entries import Entry, Packing
 from .gguf_blocks import BlockType, block_type, empty_rows, read_rows
 from .safetensors import PATCH_WEIGHT, channels_last

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..boundary.gguf_header import GGUFHeader, part_names, peek
 from ..config import GLOBAL, LOCAL, Config
 from ..errors import CheckpointError, ConfigError
-from ..gguf_header import GGUFHeader, part_names, peek
 
 # Layers of 4B, 12B and 27B, whose global layers the reference runs with positions / 8. Files by llama.cpp's converter
 # say so; those by early versions of Ollama leave it out, and llama.cpp then runs them unscaled.

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..boundary.gguf_header import GGUFHeader
 from ..errors import CheckpointError
-from ..gguf_header import GGUFHeader
 from .gguf_blocks import block_type
 from .safetensors import EMBEDDING, Place, canonical_name, read_header, shards
 

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..boundary.paths import temporary_folder
 from ..errors import CheckpointError, ConfigError, GatedSource, OfflineSource, SourceError, SourceNotFound
-from ..paths import temporary_folder
 from ..prompt.vocabulary import VOCABULARIES
 from ..visible import visible
 from .safetensors import INDEX

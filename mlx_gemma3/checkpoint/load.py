@@ -16,13 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..arguments import takes
+from ..boundary.arguments import takes
+from ..boundary.gguf_header import GGUFHeader
+from ..boundary.reading import read_json
 from ..config import Config
 from ..errors import CheckpointError, ConfigError, OptionError
-from ..gguf_header import GGUFHeader
 from ..model.gemma3 import Gemma3
 from ..prompt.tokenizer import Tokenizer
-from ..reading import read_json
 from ..visible import listed
 from . import gguf, gguf_config
 from .entries import Entry

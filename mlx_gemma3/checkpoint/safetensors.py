@@ -22,9 +22,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..boundary.reading import open_regular, parse_json, read_json
 from ..config import Config
 from ..errors import CheckpointError
-from ..reading import open_regular, parse_json, read_json
 from ..visible import listed
 
 INDEX = "model.safetensors.index.json"

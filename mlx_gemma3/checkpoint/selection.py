@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..boundary.gguf_header import part_names
+from ..boundary.reading import parse_json
 from ..errors import CheckpointError, ConfigError, Gemma3Error, SourceError, SourceNotFound
-from ..gguf_header import part_names
 from ..prompt.vocabulary import VOCABULARIES
-from ..reading import parse_json
 from ..visible import listed
 from .safetensors import INDEX, canonical_name, is_vision, read_index
 

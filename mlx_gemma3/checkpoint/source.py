@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..arguments import takes
+from ..boundary.arguments import takes
+from ..boundary.gguf_header import is_gguf as has_signature
+from ..boundary.paths import CACHE_VARIABLE, cache_folder, temporary_folder
+from ..boundary.reading import reason
+from ..boundary.writing import clear_abandoned, replacing
 from ..errors import SourceError, SourceNotFound
-from ..gguf_header import is_gguf as has_signature
-from ..paths import CACHE_VARIABLE, cache_folder, temporary_folder
-from ..reading import reason
-from ..writing import clear_abandoned, replacing
 from .gguf_config import kind_of
 from .hub import Repository, megabytes
 from .safetensors import INDEX

@@ -15,10 +15,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..boundary.gguf_header import GGUFHeader
+from ..boundary.reading import open_regular, read_json
 from ..errors import ConfigError
-from ..gguf_header import GGUFHeader
 from ..prompt.template import is_own_template
-from ..reading import open_regular, read_json
 from ..visible import shortened, visible
 
 _BLOB = re.compile(r"sha256[-:][0-9a-f]+")  # how Ollama calls its files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..writing import refusal, replacing
+from ..boundary.writing import refusal, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..boundary.writing import check_writable
 from ..errors import Gemma3Error, OptionError, PromptError
-from ..writing import check_writable
 from .answers import answering
 from .streams import OutputLost, was_closed
 from .terminal import leave, own
@@ -61,7 +61,8 @@ def chat(
 ) -> None:
     """ChatState with a model, in words and pictures. /help shows the commands."""
     from ..prompt.address import is_address
-    from .talk.loading import Loading, must_be_fetched
+    from ..runtime.fetching import must_be_fetched
+    from .talk.loading import Loading
     from .talk.screen import Leave, Plain, Screen, Terminal
     from .talk.settings import Settings
     from .talk.talk import ChatState
@@ -131,7 +132,7 @@ def chat(
 
 def _input(talk: ChatState) -> Input:
     """The line that is typed on, and what stands below it."""
-    from ..paths import data_folder
+    from ..boundary.paths import data_folder
     from .talk.input import Input
 
     def state() -> str:

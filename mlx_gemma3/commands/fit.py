@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import OptionError, SourceNotFound
+from ..errors import OptionError
 from ..visible import one_line
 from .inspect import table
 from .terminal import emit, say
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ..checkpoint.entries import Entry
-    from ..checkpoint.memory import Estimate, Machine
-    from ..config import Config
-
-BITS = (16, 8, 4)  # that are offered; --bits takes the others too
-CONTEXT = 8192  # asked about when nobody says
 
 
 def fit(
@@ -48,29 +36,21 @@ def fit(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say which sizes, bits and contexts fit into memory, with the arithmetic."""
-    from ..checkpoint.memory import WEIGHT_BITS, other_mac, this_machine
-    from ..checkpoint.published import SIZES
-    from ..model.cache import KV_BITS
+    from ..measure.fits import fitting
 
-    for name, asked in (("--kv-bits", kv_bits), ("--local-kv-bits", local_kv_bits)):
-        if asked not in KV_BITS:
-            raise OptionError(name, got=asked, want="16, 8 or 4")
-    if bits is not None and bits not in WEIGHT_BITS:
-        raise OptionError("--bits", got=bits, want=", ".join(map(str, WEIGHT_BITS)))
-    tokens = parse_context(context) if context is not None else None
-    machine = this_machine() if memory is None else other_mac(memory)
-    if model is None:
-        sizes = [replace(_published(size, text_only=text_only), local_kv_bits=local_kv_bits) for size in SIZES]
-        about = all_sizes(sizes, machine, tokens, kv_bits, bits)
-        lines = sizes_report(about)
-    else:
-        subject = replace(_find(model, text_only=text_only), local_kv_bits=local_kv_bits)
-        about = one(subject, machine, tokens, kv_bits, bits)
-        lines = one_report(about)
+    about = fitting(
+        model,
+        context=parse_context(context) if context is not None else None,
+        kv_bits=kv_bits,
+        local_kv_bits=local_kv_bits,
+        bits=bits,
+        memory=memory,
+        text_only=text_only,
+    )
     if as_json:
         emit(about)
     else:
-        say("\n".join(lines))
+        say("\n".join(sizes_report(about) if model is None else one_report(about)))
 
 
 def parse_context(text: str) -> int:
@@ -84,174 +64,6 @@ def parse_context(text: str) -> int:
     if tokens < 1:
         raise OptionError("--context", got=repr(text), want="tokens, as 32768 or 128k")
     return tokens
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is asked about: a published size, or a checkpoint on disk with the weights it has."""
-
-    name: str
-    config: Config
-    entries: Sequence[Entry] = ()  # of a checkpoint; none of a size
-    local_kv_bits: int = 16
-
-    def weights(self, bits: int | None, machine: Machine) -> int:
-        """Bytes in memory at these bits; None: as the checkpoint is."""
-        from ..checkpoint.memory import loaded_bytes, planned_bytes
-
-        if bits is None:
-            return loaded_bytes(self.entries, dtype_bytes=machine.dtype_bytes)
-        return planned_bytes(self.config, bits, dtype_bytes=machine.dtype_bytes)
-
-    def need(self, bits: int | None, machine: Machine, context: int, kv_bits: int) -> Estimate:
-        from ..checkpoint.memory import estimate
-
-        return estimate(
-            self.config,
-            self.weights(bits, machine),
-            context=context,
-            kv_bits=kv_bits,
-            local_kv_bits=self.local_kv_bits,
-            dtype_bytes=machine.dtype_bytes,
-            fused=machine.metal,
-        )
-
-    def longest(self, bits: int | None, machine: Machine, kv_bits: int) -> int:
-        """The longest context that fits; 0 for none."""
-        from ..checkpoint.memory import largest_context
-
-        return largest_context(
-            self.config,
-            self.weights(bits, machine),
-            machine.budget,
-            kv_bits=kv_bits,
-            local_kv_bits=self.local_kv_bits,
-            dtype_bytes=machine.dtype_bytes,
-            fused=machine.metal,
-        )
-
-
-def _find(model: str, *, text_only: bool) -> Subject:
-    """A path that exists is read, as everywhere; any other name is only asked for the size in it.
-
-    Raises:
-        SourceNotFound: no such path, and no size in the name.
-    """
-    from ..checkpoint.load import open_checkpoint
-    from ..checkpoint.published import SIZES, size_in, size_of
-    from ..checkpoint.source import resolve
-    from ..checkpoint.weights import open_store
-
-    try:
-        exists = Path(model).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL: `resolve` says which
-        exists = True
-    if exists:
-        checkpoint = open_checkpoint(resolve(model, text_only=text_only), text_only=text_only)
-        size = size_of(checkpoint.config)
-        name = checkpoint.name + (f" ({size})" if size else "")
-        return Subject(name, checkpoint.config, open_store(checkpoint).entries)
-    if (size := size_in(model)) is None:
-        sizes = ", ".join(SIZES).lower()
-        raise SourceNotFound(repr(model), got="no such path, and no size in the name", want=f"{sizes}, or a path")
-    return _published(size, text_only=text_only)
-
-
-def _published(size: str, *, text_only: bool) -> Subject:
-    from ..checkpoint.published import SIZES
-
-    return Subject(size, replace(SIZES[size], vision=None) if text_only else SIZES[size])
-
-
-def all_sizes(
-    subjects: Sequence[Subject], machine: Machine, tokens: int | None, kv_bits: int, bits: int | None
-) -> dict[str, Any]:
-    """The longest context of every size at every number of bits; with `tokens`, whether these fit."""
-    rows = []
-    for subject in subjects:
-        size = subject.name
-        for each in (bits,) if bits else BITS:
-            longest = subject.longest(each, machine, kv_bits)
-            row = {"size": size, "bits": each, "weights": subject.weights(each, machine), "largest_context": longest}
-            rows.append(row | ({"fits": longest >= tokens} if tokens else {}))
-    return {"machine": asdict(machine), "kv_bits": kv_bits, "context": tokens, "sizes": rows}
-
-
-def one(subject: Subject, machine: Machine, tokens: int | None, kv_bits: int, bits: int | None) -> dict[str, Any]:
-    """The arithmetic for one model, the verdict, and the longest context of every other choice."""
-    limit = subject.config.text.max_position_embeddings
-    context = min(CONTEXT, limit) if tokens is None else tokens
-    stored = bool(subject.entries)
-
-    def fits(bits: int | None) -> bool:
-        return subject.need(bits, machine, context, kv_bits).total <= machine.budget
-
-    if bits is None and not stored:
-        bits = next((each for each in BITS if fits(each)), BITS[-1])
-    need = subject.need(bits, machine, context, kv_bits)
-    offered = [*([None] if stored else []), *sorted({*BITS, bits or BITS[0]}, reverse=True)]
-    choices = [
-        {"bits": each, "kv_bits": kv, "largest_context": subject.longest(each, machine, kv)}
-        for each in offered
-        for kv in BITS
-    ]
-    return {
-        "machine": asdict(machine),
-        "model": subject.name,
-        "limit": limit,
-        "bits": bits,
-        "kv_bits": kv_bits,
-        "context": context,
-        "parts": asdict(need) | {"working": need.working},
-        "how": _explained(subject, machine, context, kv_bits),
-        "total": need.total,
-        "fits": need.total <= machine.budget,
-        "largest_context": subject.longest(bits, machine, kv_bits),
-        "choices": choices,
-        "smaller": _smaller(subject, machine, context, kv_bits),
-    }
-
-
-def _smaller(subject: Subject, machine: Machine, context: int, kv_bits: int) -> dict[str, Any] | None:
-    """The largest published size below this one that holds as much in this memory, in the most bits; None for none."""
-    from ..checkpoint.published import SIZES
-
-    for size in reversed(list(SIZES)):
-        other = _published(size, text_only=subject.config.vision is None)
-        other = replace(other, local_kv_bits=subject.local_kv_bits)
-        for bits in BITS:
-            less = other.weights(bits, machine) < subject.weights(bits, machine)
-            if less and other.longest(bits, machine, kv_bits) >= context:
-                return {"size": size, "bits": bits}
-    return None
-
-
-def _explained(subject: Subject, machine: Machine, context: int, kv_bits: int) -> dict[str, str]:
-    """The factors of each part, as memory.py multiplies them."""
-    from ..checkpoint.memory import hardest_read
-    from ..model.cache import STEP, WindowCache
-    from ..model.chunks import score_bytes
-
-    config = subject.config
-    text, kinds = config.text, config.text.layer_types
-    global_layers = sum(text.is_global(layer) for layer in range(len(kinds)))
-    row = f"layers x 2 x {text.num_key_value_heads} heads x {text.head_dim} x"
-    size = machine.dtype_bytes
-    both = {"kv_bits": kv_bits, "local_kv_bits": subject.local_kv_bits}
-    at, chunk = hardest_read(config, context, **both, dtype_bytes=size, fused=machine.metal)
-    room = -(-context // STEP) * STEP
-    scores = score_bytes(config, at, chunk, kv_bits=kv_bits, dtype_bytes=size, fused=machine.metal)
-    stored = {name: f"{bits} bits and scales" if bits < 16 else f"{size * 8} bits" for name, bits in both.items()}
-    return {
-        "kv_global": f"{global_layers} {row} {room:,} tokens, {stored['kv_bits']}",
-        "kv_local": f"{len(kinds) - global_layers} {row} {WindowCache(text.sliding_window).capacity:,} tokens, "
-        f"{stored['local_kv_bits']}",
-        "prefill": f"{chunk:,} tokens at once"
-        + (f", scores {text.num_attention_heads} heads x {chunk:,} x {at:,}" if scores else ""),
-        "vision": f"{config.vision.num_attention_heads} heads x {config.vision.grid**2:,} patches squared"
-        if config.vision
-        else "",
-    }
 
 
 def _gib(size: int) -> str:
@@ -314,11 +126,16 @@ def one_report(about: dict[str, Any]) -> list[str]:
     heading = f"{one_line(about['model'])}, {about['context']:,} tokens"
     lines = [_machine_line(machine), "", f"{heading}:", *table(rows, "<><", headed=False), "", f"{heading}: {verdict}"]
     if not about["fits"]:
-        lines += [f"would fit: {other}" for other in remedies(about)] or ["nothing of this size would"]
+        lines += [f"would fit: {other}" for other in about["remedies"]] or ["nothing of this size would"]
         if smaller := about["smaller"]:
             lines.append(f"smaller: {smaller['size']} in {_bits(smaller['bits'], machine)} fits")
     choices = about["choices"]
-    cells = [["longest context", *(f"KV {_bits(bits, machine)}" for bits in BITS)]]
+    cells = [
+        [
+            "longest context",
+            *(f"KV {_bits(bits, machine)}" for bits in dict.fromkeys(choice["kv_bits"] for choice in choices)),
+        ]
+    ]
     for bits in dict.fromkeys(choice["bits"] for choice in choices):
         same = (choice["largest_context"] for choice in choices if choice["bits"] == bits)
         cells.append([_bits(bits, machine), *map(tokens_text, same)])
@@ -330,23 +147,3 @@ def _bits(bits: int | None, machine: dict[str, Any]) -> str:
     if bits is None:
         return "as stored"
     return f"{bits if bits < 16 or machine['metal'] else 32} bits"
-
-
-def remedies(about: dict[str, Any]) -> list[str]:
-    """Options that make it fit: every single change that is enough, else the first pair of changes."""
-    bits, kv, context = about["bits"], about["kv_bits"], about["context"]
-    enough = [choice for choice in about["choices"] if choice["largest_context"] >= context]
-
-    def words(choice: dict[str, Any]) -> str:
-        changed = [f"--bits {choice['bits']}"] if choice["bits"] != bits else []
-        return " ".join(changed + ([f"--kv-bits {choice['kv_bits']}"] if choice["kv_bits"] != kv else []))
-
-    found = [words(choice) for choice in enough]
-    singles = [option for option in found if option.count("--") == 1]
-    if about["largest_context"]:
-        singles.append(f"--context {about['largest_context']}")
-    if singles:
-        return singles
-    best = max(about["choices"], key=lambda choice: choice["largest_context"])
-    shorter = f"{words(best)} --context {best['largest_context']}".strip() if best["largest_context"] else ""
-    return found[:1] or ([shorter] if shorter else [])

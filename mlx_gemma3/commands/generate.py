@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..boundary.writing import check_writable
 from ..errors import OptionError, PromptError
-from ..writing import check_writable
 from .answers import answering
 from .streams import WAIT, OutputLost, Piped
 from .terminal import Pace, Status, answer, emit, leave, print_notes, tell

@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 
+from ..boundary.reading import reason
 from ..errors import OutputError, PromptError
-from ..reading import reason
 
 WAIT = 5.0  # seconds in which piped text must begin where there is a prompt already
 MOST_PIPED = 64 << 20  # bytes: no context holds as much

@@ -1,1 +1,1 @@
-"""Figures of a model: how fast it is here (benchmark, roofline), and how far it is from another (evaluate, scores)."""
+"""Figures of a model: how fast it is here, how far it is from another, what it holds, and where it fits."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..boundary.writing import refusal, replacing
 from ..errors import OptionError, OutputError
-from ..writing import refusal, replacing
 from .scores import Evaluation
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arguments import argument, described, takes
+from ..boundary.arguments import argument, described, takes
 from ..errors import ImageError, OptionError
 from .picture_files import DAMAGED, check_parts, check_scans, lean_png
 from .rgb import to_rgb

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..arguments import described, elements
+from ..boundary.arguments import described, elements
 from ..errors import PromptError, TemplateError
 from .address import decoded
 

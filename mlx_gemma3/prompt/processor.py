@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arguments import takes
+from ..boundary.arguments import takes
 from ..config import Config
 from ..errors import PromptError
 from . import messages as written

@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..arguments import described, elements, takes
+from ..boundary.arguments import described, elements, takes
 from ..errors import TemplateError
 from .vocabulary import BOS, END_OF_TURN, START_OF_IMAGE, START_OF_TURN
 

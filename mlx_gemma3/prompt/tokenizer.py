@@ -21,12 +21,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..arguments import argument, described, elements, takes
+from ..boundary.arguments import argument, described, elements, takes
+from ..boundary.gguf_header import is_gguf
+from ..boundary.paths import cache_folder
+from ..boundary.reading import MOST_JSON, file_kind, open_regular, reason
+from ..boundary.writing import clear_abandoned, write_whole
 from ..errors import OptionError, PromptError, TokenizerError
-from ..gguf_header import is_gguf
-from ..paths import cache_folder
-from ..reading import MOST_JSON, file_kind, open_regular, reason
-from ..writing import clear_abandoned, write_whole
 from .added import SPACE, normal
 from .vocabulary import BOS, BYTE_PIECE, VOCABULARIES, added_tokens_file, read_vocabulary
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from ..boundary.gguf_header import GGUFHeader, is_gguf
+from ..boundary.reading import open_regular, read_json, reason
 from ..errors import TokenizerError
-from ..gguf_header import GGUFHeader, is_gguf
-from ..reading import open_regular, read_json, reason
 from .added import SPACE, TooMany, cuts, normal, touching
 from .protobuf import fields, varint
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack, overload
 
-from ..arguments import takes
+from ..boundary.arguments import takes
 from ..errors import OptionError
 from ..prompt import snapshot
 from . import session_file

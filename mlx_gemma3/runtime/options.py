@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..arguments import argument, described
+from ..boundary.arguments import argument, described
 from ..errors import OptionError
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from .. import writing
+from ..boundary import writing
+from ..boundary.reading import MOST_JSON, open_regular, parse_json
 from ..errors import OutputError, SessionError
 from ..model.cache import Caches, CacheState
-from ..reading import MOST_JSON, open_regular, parse_json
 from ..visible import listed
 from .conversation import Conversation
 from .scheduler import Scheduler

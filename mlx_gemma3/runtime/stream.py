@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ..arguments import takes
+from ..boundary.arguments import takes
 from ..errors import ClosedError, Gemma3Error
 from .events import Event, TokenLogprob, Usage
 

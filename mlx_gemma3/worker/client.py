@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-from ..arguments import takes
+from ..boundary.arguments import takes
 from ..errors import ClosedError, Gemma3Error, ImageError, OptionError, PromptError, RequestError, WorkerError
 from ..prompt import snapshot
 from ..runtime.stream import Channel, Messages, Picture, Reply, Stream, check_process

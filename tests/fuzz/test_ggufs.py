@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
 from mutate import mutate_bytes
 
-from mlx_gemma3.gguf_header import GGUFHeader
+from mlx_gemma3.boundary.gguf_header import GGUFHeader
 
 IMAGE = tiny.image_config()
 COUNTS = pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...boundary.writing import refusal, write_whole
 from ...errors import OptionError
-from ...writing import refusal, write_whole
 
 Messages = Sequence[dict[str, Any]]
 

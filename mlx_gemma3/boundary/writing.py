@@ -4,8 +4,6 @@ Owns where a named file is written in the end (`~`, links), what is no place for
 the removal of what killed processes leave behind. A temporary file is `.NAME.<16 hex digits>.writing`, and locked
 (flock) while it is written: one whose lock can be taken is dead. Process ids would not tell, for two containers may
 share a folder.
-
-Beside reading.py because every room that writes a file needs it.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import OutputError
+from ..errors import OutputError
 from .reading import NotRegular, file_kind, open_regular
 
 PATIENCE = 5.0  # seconds for which somebody else's lock is waited for

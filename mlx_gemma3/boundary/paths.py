@@ -1,7 +1,4 @@
-"""Where this package keeps files of its own: what it has rebuilt, and what a person typed; nothing downloaded.
-
-Beside config.py because prompt/ and checkpoint/ both need it.
-"""
+"""Where this package keeps files of its own: what it has rebuilt, and what a person typed; nothing downloaded."""
 
 from __future__ import annotations
 

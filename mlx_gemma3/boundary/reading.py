@@ -1,7 +1,6 @@
 """Opens files that a person named, and reads JSON that somebody else wrote.
 
-Owns which kinds of file are opened at all, and the bounds on JSON: size, nesting, numbers, characters. Beside
-config.py because every room that reads a file needs it.
+Owns which kinds of file are opened at all, and the bounds on JSON: size, nesting, numbers, characters.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import Gemma3Error
+from ..errors import Gemma3Error
 
 MOST_JSON = 64 << 20  # bytes
 _MOST_VALUES = 5_000_000  # each takes up to 100 bytes and 0.2 µs; Gemma 3's tokenizer.json has 1.9 million

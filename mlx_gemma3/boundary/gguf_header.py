@@ -1,6 +1,6 @@
 """The header of GGUF files: settings, and where each tensor lies. Reads no weights.
 
-Stands beside config.py because two rooms need it: prompt/ for the vocabulary, checkpoint/ for the tensors. The
+prompt/ needs it for the vocabulary, checkpoint/ for the tensors. The
 `gguf` package's own reader makes several NumPy views for each of 262,144 vocabulary entries, ten seconds of work;
 this one walks the bytes once. Nothing in a file is believed before it was held against a bound.
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .reading import open_regular, reason
 
 SIGNATURE = b"GGUF"

@@ -1,7 +1,7 @@
 """The arguments of public functions: each of the kind it is meant to be, or one OptionError that names it.
 
 Owns the kinds. None stands for the default wherever there is one, numpy's numbers are numbers, and true and false are
-none. Ranges belong to who knows them. Beside errors.py because every room has public functions.
+none. Ranges belong to who knows them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
-from .errors import OptionError
+from ..errors import OptionError
 
 P = ParamSpec("P")
 R = TypeVar("R")
