@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .boundary.system import check_system, keep_float32
 from .errors import Gemma3Error
 
 if TYPE_CHECKING:
@@ -53,11 +54,15 @@ _HOME = {
 }
 
 
+keep_float32()
+
+
 def __getattr__(name: str) -> Any:
     if name in ("convert", "images"):  # a package that is called, and a module
         return import_module(".convert" if name == "convert" else ".prompt.images", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check_system()
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 

@@ -111,6 +111,14 @@ class MemoryNeedError(Gemma3Error):
     code = "memory"
 
 
+class DeviceError(Gemma3Error):
+    code = "device"
+
+
+class DeviceLost(DeviceError):
+    code = "device_lost"
+
+
 class SessionError(Gemma3Error):
     code = "session"
 

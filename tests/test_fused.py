@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten
 from random_model import WINDOW, random_model, random_pictures, tiny_config, tokens_with_pictures
 
 from mlx_gemma3.model import cpu
-from mlx_gemma3.model.attention import attend, attend_all, attend_all_padded
-from mlx_gemma3.model.fused import Kernels, gelu_times, gpu_kernels
+from mlx_gemma3.model.attention import attend, attend_all
+from mlx_gemma3.model.fused import Kernels, gelu_times, gpu_kernels, gpu_tower
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.layers import PatchConv, gelu_tanh
 from mlx_gemma3.model.runner import Runner, on_device
@@ -179,10 +179,20 @@ def count(runner: Runner, rows: int, path: Path) -> Counter[str]:
     return Counter({name: number for name, number in found.items() if name not in VIEWS})
 
 
-def test_the_tower_attends_the_same_by_head_and_with_wider_heads() -> None:
+def test_gelu_by_a_sigmoid_is_the_rule_in_one_kernel(tmp_path: Path) -> None:
+    x = mx.linspace(-12, 12, 4001).astype(mx.bfloat16)
+    for compiled in (True, False):
+        got = gpu_tower(compiled=compiled).gelu
+        assert mx.allclose(got(x.astype(mx.float32)), gelu_tanh(x.astype(mx.float32)), atol=2e-6)
+        assert mx.allclose(got(x), gelu_tanh(x), rtol=2**-7, atol=1e-5)
+    mx.export_to_dot(str(tmp_path / "gelu.dot"), gpu_tower().gelu(x))
+    (kernel,) = re.findall(r'label ="(Compiled[^"]+)"', (tmp_path / "gelu.dot").read_text(encoding="utf-8"))
+    assert kernel
+
+
+def test_the_tower_attends_the_same_by_head() -> None:
     q, k, v = (mx.random.normal((2, 3, 10, 72), key=mx.random.key(n)) for n in range(3))
     want = attend_all(q, k, v, 0.1)
-    assert mx.allclose(attend_all_padded(q, k, v, 0.1), want, atol=1e-6)
     assert mx.allclose(cpu.attend_all(q, k, v, 0.1), want, atol=1e-6)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..boundary.system import check_system
 from ..errors import Gemma3Error
 from ..visible import one_line
 from .bench import bench
@@ -50,7 +51,7 @@ def _program(
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
-    pass
+    check_system()
 
 
 app.command()(generate)

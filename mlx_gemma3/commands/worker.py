@@ -38,7 +38,7 @@ def worker(
             while rest:
                 rest = rest[sink.write(rest) or 0 :]
 
-        Server(source, write, limits, __version__).run()
+        Server(source, write, limits, __version__, leave=lambda: os._exit(1)).run()
 
 
 def _own(descriptor: int, mode: int) -> int:

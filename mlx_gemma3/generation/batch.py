@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..model.cache import Caches
+from ..model.device import STEPS_BETWEEN, release
 from ..model.runner import Runner
 from .choice import Chooser, Chosen, Likelihood, choose
 from .sampling import Sampling
@@ -45,6 +46,7 @@ class Batch:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.rows: list[Row] = []
+        self._steps = 0
 
     def join(self, row: Row, logits: mx.array) -> None:
         """Add a row that may write at least a token; the first comes from (1, V) float32 logits after its prompt."""
@@ -58,6 +60,9 @@ class Batch:
 
     def next(self) -> list[Written]:
         """One more token of every row. Afterwards each row with none `left` must be taken out."""
+        self._steps += 1
+        if self._steps % STEPS_BETWEEN == 0:
+            release()
         if late := [row for row in self.rows if row._logits is not None]:
             _choose(late, _stacked([row._logits for row in late if row._logits is not None]))
         if behind := [row for row in self.rows if row._unread is None]:

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import ContextError, OptionError
 from ..model.cache import Caches
 from ..model.chunks import chunk_size
+from ..model.device import release
 from ..model.runner import Runner
 
 Progress = Callable[[int, int], None]  # tokens read, tokens in all
@@ -94,6 +95,7 @@ def read_chunk(
     hidden = runner.read(ids, rows, caches, last_only=True, spans=spans)
     logits = runner.head(hidden)[:, -1] if last else None
     mx.eval(caches.arrays, [] if logits is None else logits)
+    release()  # scores and keys of this chunk fit no later one
     return logits
 
 

@@ -10,8 +10,6 @@ import mlx.core as mx
 
 from .cache import KV_GROUP, Rows
 
-FUSED = (64, 80, 128)  # sizes of a head for which Metal reads many queries without holding their scores
-
 
 def attend(
     q: mx.array, keys: Rows, values: Rows, *, scale: float, mask: mx.array | str | None, bits: int = 16
@@ -50,11 +48,3 @@ def _multiply(x: mx.array, rows: Rows, *, bits: int, transpose: bool) -> mx.arra
 def attend_all(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """softmax(q @ kᵀ * scale) @ v, everything sees everything: (N, H, L, D) each → (N, H, L, D)."""
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
-
-
-def attend_all_padded(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """The same with heads widened by zeros to a size that is fused: SigLIP's 72 to 80. Zeros add nothing to a score."""
-    size = q.shape[-1]
-    wide = next((fused for fused in FUSED if fused >= size), size)
-    q, k, v = (mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, wide - size)]) if wide > size else x for x in (q, k, v))
-    return attend_all(q, k, v, scale)[..., :size]

@@ -28,6 +28,7 @@ from .attention import attend
 from .context import Context
 from .layers import RMSNorm, rotate
 from .text import Attention, DecoderLayer, TextModel
+from .vision import TowerKernels
 
 Matrix = Any  # as a device wants to multiply with it: arrays and constants, or a function
 Matrices = list[Matrix]  # that read the same rows, their results side by side
@@ -181,6 +182,11 @@ def gpu_kernels(*, compiled: bool = True) -> Kernels:
     return Kernels(matrix, multiply, attend, geglu, mx.fast.rms_norm, compile=mx.compile)
 
 
+def gpu_tower(*, compiled: bool = True) -> TowerKernels:
+    """Of a GPU, for the vision tower: GELU in one kernel. MLX has kernels for heads of 72 as they are."""
+    return TowerKernels(gelu=mx.compile(gelu, shapeless=True) if compiled else gelu)
+
+
 def matrix(module: nn.Module) -> Matrix:
     """A matrix as the checkpoint stores it: (weightᵀ,), or the arrays and constants of a packed one."""
     mx.eval(module.parameters())
@@ -211,6 +217,13 @@ def gelu_times(gate: mx.array, up: mx.array) -> mx.array:
     y = gate.astype(mx.float32)
     a = 2 * math.sqrt(2 / math.pi)
     return ((up * y) * mx.sigmoid(y * (a + (0.044715 * a) * mx.square(y)))).astype(gate.dtype)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """layers.gelu_tanh, by the same form."""
+    y = x.astype(mx.float32)
+    a = 2 * math.sqrt(2 / math.pi)
+    return (y * mx.sigmoid(y * (a + (0.044715 * a) * mx.square(y)))).astype(x.dtype)
 
 
 def _packing(module: nn.Module) -> tuple[object, ...]:

@@ -13,10 +13,9 @@ import mlx.nn as nn
 import numpy as np
 
 from . import cpu
-from .attention import attend_all_padded
 from .cache import Caches
 from .context import Chunk, Step
-from .fused import FusedDecoder, Kernels, Matrix, gpu_kernels
+from .fused import FusedDecoder, Kernels, Matrix, gpu_kernels, gpu_tower
 from .gemma3 import Gemma3
 from .vision import PLAIN, TowerKernels
 
@@ -113,6 +112,6 @@ class Runner:
 def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runner:
     """Evaluate the weights and arrange them for MLX's default device. See Runner for `between`."""
     if mx.default_device().type != mx.DeviceType.cpu:
-        return Runner(model, gpu_kernels(), TowerKernels(attend=attend_all_padded), between)
+        return Runner(model, gpu_kernels(), gpu_tower(), between)
     tower = cpu.tower_kernels(model.vision_tower) if model.config.vision is not None else PLAIN
     return Runner(model, cpu.kernels(), tower, between)

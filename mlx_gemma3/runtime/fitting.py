@@ -17,7 +17,7 @@ from ..checkpoint.memory import (
 from ..checkpoint.weights import open_store
 from ..errors import MemoryNeedError
 
-_USUAL_CONTEXT = 4096  # what must fit when nobody says how long it will be
+USUAL_CONTEXT = 4096  # what must fit when nobody says how long it will be
 
 
 def check_memory(
@@ -31,14 +31,14 @@ def check_memory(
     machine = this_machine()
     dtype_bytes = {"float32": 4, "bfloat16": 2}.get(dtype, machine.dtype_bytes)
     config = checkpoint.config
-    usual = min(_USUAL_CONTEXT, config.text.max_position_embeddings)
+    usual = min(USUAL_CONTEXT, config.text.max_position_embeddings)
     caches = sum(cache_bytes(config, usual, kv_bits=kv_bits, local_kv_bits=local_kv_bits, dtype_bytes=dtype_bytes))
     picture = vision_bytes(config, dtype_bytes=dtype_bytes)
     if 8 * _file_bytes(checkpoint) + caches + picture + GIB < machine.budget and max_context is None:
         return  # far from the border: 4 bits would have to become 32 to reach it
     weights = loaded_bytes(open_store(checkpoint).entries, dtype_bytes=dtype_bytes)
     limit = config.text.max_position_embeddings
-    context = min(max_context or _USUAL_CONTEXT, limit)
+    context = min(max_context or USUAL_CONTEXT, limit)
     need = estimate(
         config,
         weights,

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import mlx.core as mx
+
 from ..checkpoint.load import load_model, open_checkpoint
-from ..checkpoint.memory import this_machine
+from ..checkpoint.memory import cache_bytes, this_machine
 from ..checkpoint.source import Source
 from ..errors import ClosedError
 from ..generation.batch import decode
 from ..generation.prefill import prefill
+from ..model.device import WORK_BYTES, bound_freed, release
 from ..model.runner import Runner, on_device
-from .fitting import check_memory
+from .fitting import USUAL_CONTEXT, check_memory
 from .loaded import EngineOptions, Loaded
 from .options import Options
+
+WARM_TOKENS = 64  # of a prompt: Metal multiplies one to eight rows by other kernels than many
 
 
 def load(source: Source, options: EngineOptions, closing: Callable[[], bool]) -> tuple[Loaded, Runner, int]:
@@ -39,17 +44,37 @@ def load(source: Source, options: EngineOptions, closing: Callable[[], bool]) ->
     # Refuses bits that do not fit before the weights are read.
     model.make_caches(kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits)
     runner = on_device(model, lambda: _check_open(closing))
-    return Loaded(checkpoint, options, runner), runner, this_machine().budget
+    release()
+    budget = this_machine().budget
+    bound_freed(budget)
+    return Loaded(checkpoint, options, runner), runner, budget
+
+
+def wired_bytes(loaded: Loaded, runner: Runner) -> int:
+    """What is to stay resident while the engine lives: weights, caches of a usual conversation, room to work."""
+    options = loaded.options
+    context = min(loaded.max_context, USUAL_CONTEXT)
+    caches = cache_bytes(
+        loaded.config,
+        context,
+        kv_bits=options.kv_bits,
+        local_kv_bits=options.local_kv_bits,
+        dtype_bytes=runner.dtype.size,
+    )
+    return loaded.about["weights_bytes"] + sum(caches) + WORK_BYTES
 
 
 def warm_up(loaded: Loaded, runner: Runner) -> None:
-    """Let a GPU build the kernels of a prompt and of an answer now, while nobody waits for one."""
+    """Let a GPU build the kernels of a prompt, of a picture and of an answer now, while nobody waits for one."""
     if runner.ahead:
+        if (vision := loaded.config.vision) is not None:
+            mx.eval(runner.encode_images(mx.zeros((1, vision.image_size, vision.image_size, 3))))
         caches = runner.make_caches(kv_bits=loaded.options.kv_bits, local_kv_bits=loaded.options.local_kv_bits)
-        logits = prefill(runner, [0, 0], caches)
+        logits = prefill(runner, [0] * WARM_TOKENS, caches)
         sampling = Options().sampling(loaded.checkpoint.generation)
         for _ in decode(runner, logits, caches, sampling=sampling, max_tokens=2):
             pass
+        release()
 
 
 def _check_open(closing: Callable[[], bool]) -> None:

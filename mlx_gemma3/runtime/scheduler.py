@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.memory import cache_bytes, estimate
-from ..errors import Gemma3Error
+from ..errors import DeviceError, Gemma3Error
 from ..generation.batch import Batch, Row
 from ..generation.choice import Chooser
 from ..model.runner import Runner
@@ -74,6 +74,7 @@ class Scheduler:
         self._readers: deque[Job] = deque()  # the next one to read a chunk stands first
         self._batch = Batch(runner)
         self._writers: dict[Row, Job] = {}
+        self.device_errors = 0  # in a row
         self._step_seconds = 0.0
         self._read_rate = 0.0  # tokens a second
 
@@ -331,6 +332,7 @@ class Scheduler:
                 return
             began = perf_counter()
             count = timeline.read_chunk(lambda number: job.features(number, self.encode), most)
+            self.device_errors = 0
             self._read_rate = _smoothed(self._read_rate, count / max(perf_counter() - began, 1e-9))
             job.read()
             if timeline.logits is None:
@@ -338,6 +340,7 @@ class Scheduler:
             else:
                 self._start_writing(job)
         except Exception as error:
+            self._count(error)
             self._fail(job, error)
 
     def _chunk(self) -> int | None:
@@ -369,9 +372,11 @@ class Scheduler:
         try:
             written = self._batch.next()
         except Exception as error:  # MLX's own: the caches of all of them may be half written
+            self._count(error)
             for job in list(self._writers.values()):
                 self._fail(job, error)
             return
+        self.device_errors = 0
         self._step_seconds = _smoothed(self._step_seconds, perf_counter() - began)
         for one in written:
             job = self._writers[one.row]
@@ -399,6 +404,7 @@ class Scheduler:
     def _fail(self, job: Job, error: BaseException) -> None:
         """One answer ends with an error; caches that an error of unknown kind left half written are dropped."""
         self._leave(job)
+        error = _of_device(error)
         job.undo()
         if isinstance(error, Gemma3Error):
             if job.conversation is None and job.timeline is not None and job.row is None:
@@ -406,6 +412,10 @@ class Scheduler:
         elif job.conversation is not None and job.timeline is not None:
             job.conversation.timeline = self.new_timeline()
         job.request.fail(known(error))
+
+    def _count(self, error: BaseException) -> None:
+        """MLX tells an error of the GPU once and goes on; after some of them the GPU takes no more work at all."""
+        self.device_errors += isinstance(_of_device(error), DeviceError)
 
     def _leave(self, job: Job) -> None:
         if job in self._readers:
@@ -421,6 +431,13 @@ def finish(call: Call, scheduler: Scheduler) -> None:
         call.future.set_result(call.work(scheduler))
     except BaseException as error:  # raised again in the thread that waits
         call.future.set_exception(error)
+
+
+def _of_device(error: BaseException) -> BaseException:
+    """An error that Metal told MLX, in a sentence; others as they are."""
+    if isinstance(error, RuntimeError) and "[METAL]" in str(error):
+        return DeviceError("GPU", got=str(error), want="work that ends", do="ask again")
+    return error
 
 
 def known(error: BaseException) -> Gemma3Error:

@@ -17,20 +17,20 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-import mlx.core as mx
-
 from ..checkpoint.source import resolve
-from ..errors import BusyError, ClosedError, Gemma3Error
+from ..errors import BusyError, ClosedError, DeviceLost, Gemma3Error
+from ..model.device import leave_thread, unwire, wire
 from ..model.runner import Runner
 from ..model.streams import lent
 from .conversation import Conversation
 from .job import Job
 from .loaded import EngineOptions, Loaded
-from .loading import load, warm_up
+from .loading import load, warm_up, wired_bytes
 from .request import Request
 from .scheduler import Call, Scheduler, known
 from .stream import check_process
 
+MOST_DEVICE_ERRORS = 2
 IDLE = 0.1  # seconds after loading in which nobody asked for anything
 _BEAT = 0.02  # seconds between two looks whether one was cancelled whose prompt is being prepared
 
@@ -149,10 +149,16 @@ class EngineThread(threading.Thread):
             self._fetching = False
         self._known, self._scheduler = loaded, scheduler
         self._loaded.set()
-        self._serve(scheduler, self._first(loaded, runner))
+        wire(id(self), wired_bytes(loaded, runner))
+        try:
+            self._serve(scheduler, self._first(loaded, runner))
+        finally:
+            unwire(id(self))
         self._scheduler = None
         del scheduler, runner
-        mx.clear_cache()
+        leave_thread()
+        if self._error is not None:
+            self._refuse_rest(known(self._error))
 
     def _first(self, loaded: Loaded, runner: Runner) -> _Item:
         """What is asked for first; a GPU warms up when that is not at once."""
@@ -186,6 +192,9 @@ class EngineThread(threading.Thread):
                 scheduler.turn()
             except Exception as error:  # nobody foresaw it: those that wait are told, the engine lives on
                 scheduler.fail_all(error)
+            if scheduler.device_errors >= MOST_DEVICE_ERRORS:
+                self._give_up(scheduler)
+                return
             item = _nothing
             if scheduler.busy:
                 continue
@@ -193,6 +202,19 @@ class EngineThread(threading.Thread):
                 return
             with contextlib.suppress(queue.Empty):
                 item = self._queue.get(timeout=_BEAT if scheduler.waiting else None)
+
+    def _give_up(self, scheduler: Scheduler) -> None:
+        """The GPU takes no more work: end all requests, those that come later too."""
+        error = DeviceLost(
+            "GPU",
+            got=f"{MOST_DEVICE_ERRORS} errors in a row",
+            want="one that works",
+            do="load the model again, in a new process",
+        )
+        scheduler.fail_all(error)
+        with self._lock:
+            self._error = error
+            self._queue.put(None)
 
     def _refuse_rest(self, error: Gemma3Error) -> None:
         while (item := self._queue.get()) is not None:

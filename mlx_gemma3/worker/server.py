@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..errors import BusyError, ClosedError, Gemma3Error, OptionError, RequestError
+from ..errors import BusyError, ClosedError, DeviceLost, Gemma3Error, OptionError, RequestError
 from . import protocol
 
 if TYPE_CHECKING:
@@ -59,8 +59,22 @@ class _Job:
 class Server:
     """One worker: a source of lines, and what takes lines."""
 
-    def __init__(self, source: BinaryIO, write: Callable[[bytes], object], limits: Limits, version: str) -> None:
-        """write: takes a whole line; an OSError of it means that nobody reads any more. version: of the package."""
+    def __init__(
+        self,
+        source: BinaryIO,
+        write: Callable[[bytes], object],
+        limits: Limits,
+        version: str,
+        leave: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            write: takes a whole line; an OSError of it means that nobody reads any more.
+            version: of the package.
+            leave: ends the process at once, when the GPU takes no more work and every request was told.
+        """
+        self._leave = leave
+        self._worker = threading.Thread(target=self._work, name="mlx-gemma3 worker", daemon=True)
         self._source, self._write, self._limits, self._version = source, write, limits, version
         self._writing = threading.Lock()
         self._state = threading.Condition()
@@ -91,12 +105,17 @@ class Server:
     def run(self) -> None:
         """Serve until the source ends or shutdown is asked for; then cancel what is left and free the model."""
         self._emit({"kind": "hello", "protocol": protocol.VERSION, **self._identity()})
-        worker = threading.Thread(target=self._work, name="mlx-gemma3 worker", daemon=True)
-        worker.start()
+        self._worker.start()
         shutdown: protocol.Id | None = None
         for line in protocol.lines(self._source, self._limits.line_bytes):
             if (shutdown := self._take(line)) is not None:
                 break
+        teller = threading.Thread(target=self._tell_ends, args=(shutdown,), daemon=True)
+        teller.start()
+        teller.join(2 * LEAVE_SECONDS)  # not for good: it may be that nobody takes what it says
+
+    def _tell_ends(self, shutdown: protocol.Id | None) -> None:
+        """The last events of all requests, of those in work too when they do not end in time."""
         with self._state:
             self._ending = True
             left = list(self._waiting)
@@ -105,12 +124,6 @@ class Server:
                 if job is not None:
                     job.cancel()
             self._state.notify_all()
-        teller = threading.Thread(target=self._tell_ends, args=(worker, left, shutdown), daemon=True)
-        teller.start()
-        teller.join(2 * LEAVE_SECONDS)  # not for good: it may be that nobody takes what it says
-
-    def _tell_ends(self, worker: threading.Thread, left: list[_Job], shutdown: protocol.Id | None) -> None:
-        """The last events of all requests, of those in work too when they do not end in time."""
         for job in left:
             self._end(
                 job, _failure(job.id, ClosedError("worker", got="its end before this request's turn", want=_ALIVE))
@@ -121,7 +134,7 @@ class Server:
         for job in stuck:  # inside something that cannot be asked to stop
             self._end(job, _failure(job.id, ClosedError("worker", got="its end during this request", want=_ALIVE)))
         if not stuck:
-            worker.join(LEAVE_SECONDS)
+            self._worker.join(LEAVE_SECONDS)
         if shutdown is not None:
             self._emit({"id": shutdown, "kind": "ok", "result": {}})
 
@@ -244,6 +257,12 @@ class Server:
             with self._state:
                 self._telling -= 1
                 self._state.notify_all()
+            if event.get("code") == DeviceLost.code:
+                threading.Thread(target=self._give_up, daemon=True).start()
+
+    def _give_up(self) -> None:
+        self._tell_ends(None)
+        self._leave()
 
     def _load(self, job: _Job) -> Mapping[str, Any]:
         from ..runtime.engine import Engine
