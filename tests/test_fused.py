@@ -63,10 +63,12 @@ def logits_of(runner: Runner) -> list[mx.array]:
 
 
 def kernels_of(form: str) -> Kernels:
-    return cpu.kernels() if form == "cpu" else gpu_kernels(compiled=form == "compiled")
+    if form in ("cpu", "unpacked"):
+        return cpu.kernels(unpack=form == "unpacked")
+    return gpu_kernels(compiled=form == "compiled")
 
 
-@pytest.mark.parametrize("form", ["gpu", "compiled", "cpu"])  # without g++, MLX compiles nothing on a CPU
+@pytest.mark.parametrize("form", ["gpu", "compiled", "cpu", "unpacked"])  # without g++, MLX compiles nothing on a CPU
 @pytest.mark.parametrize("kind", ["plain", "four bits", "mixed", "partly", "mxfp4"])
 def test_the_fused_model_is_the_plain_one(kind: str, form: str) -> None:
     model = packed(kind)
@@ -74,6 +76,36 @@ def test_the_fused_model_is_the_plain_one(kind: str, form: str) -> None:
     got = logits_of(Runner(model, kernels_of(form)))
     assert max(mx.abs(a - b).max().item() for a, b in zip(want, got, strict=True)) < 1e-4
     assert not mx.array_equal(want[0], got[0]) or kind == "four bits"  # the other path was taken
+
+
+def test_a_packed_matrix_is_unpacked_with_a_prompt_or_the_second_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[int] = []
+    fill = cpu._fill
+
+    def counted(out: Any, *rest: Any) -> Any:
+        filled.append(len(out))
+        return fill(out, *rest)
+
+    monkeypatch.setattr(cpu, "_fill", counted)
+    module = nn.QuantizedLinear(64, 48, bias=False, group_size=32, bits=4)
+    one, many = mx.random.normal((1, 64)), mx.random.normal((5, 64))
+    by_one, by_many = cpu.matrix(module, unpack=True), cpu.matrix(module, unpack=True)
+    for turn in range(3):
+        assert mx.allclose(by_one(one), module(one), atol=1e-5)
+        assert len(filled) == (turn > 0)
+    filled.clear()
+    for x in (many, one, many):
+        assert mx.allclose(by_many(x), module(x), atol=1e-5)
+    assert filled == [48]
+
+
+def test_only_a_packed_model_that_is_small_beside_the_memory_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed("four bits")
+    numbers = sum(m.weight.size * 8 for _, m in model.named_modules() if "scales" in m)
+    for memory, unpacked in ((16 * numbers, True), (16 * numbers - 1, False)):
+        monkeypatch.setattr("os.sysconf", lambda name, memory=memory: memory if name == "SC_PHYS_PAGES" else 1)
+        assert cpu.unpacks(model) is unpacked and not cpu.unpacks(packed("plain"))
+        assert on_device(model).unpacks is unpacked
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles with it on a CPU")
@@ -343,7 +375,7 @@ def test_each_thread_has_streams_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         found.append(bool(mx.allclose(multiply(mx.ones((1, 64))), want, atol=1e-5)))
 
     work()
-    for _ in range(3):
+    for turn in range(3):
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()

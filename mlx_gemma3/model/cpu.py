@@ -5,15 +5,20 @@ wheels bring a BLAS that uses all cores, and vectorised functions. So matrices, 
 by numpy here, in float32, on MLX's own memory; the rest of a layer stays MLX's (docs/performance.md has the figures).
 numpy computes at once: there is no graph of a whole step.
 
-Matrices that are packed or of 16 bits are unpacked some rows at a time, for each product. A packed one is left to MLX
-for a row or two, a part of it on each core.
+Packed matrices of a model that is small beside the memory are unpacked once: with a prompt, or, the head, with the
+second token. Others, and those of 16 bits, are unpacked some rows at a time, for each product; a packed one is left to
+MLX for a row or two, a part of it on each core.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import CDLL, c_size_t, c_void_p
+from functools import cache, partial
 from itertools import product
 from math import gcd, pi, prod, sqrt
 from typing import Any
@@ -35,6 +40,8 @@ Multiply = Callable[[mx.array], mx.array]  # (…, in) → (…, out)
 MatrixRows = Callable[[slice, Floats], Floats]  # (which, room for as many) → those rows, in that room or elsewhere
 
 MOST_CORES = 4
+MADV_POPULATE_WRITE = 23  # Linux 5.14
+ROOM_TO_UNPACK = 4  # times a packed model as float32 must fit into the memory
 UNPACK_FROM = 4  # rows
 MANY = 64  # rows; a product with fewer is slow
 VECTOR_ROWS = 4  # up to as many are multiplied one by one, a block of the matrix after another
@@ -49,8 +56,22 @@ VECTOR_NUMBERS = 400_000
 MASKED = np.float32(-1e30)  # the score of a key that is not seen; its exponential is 0
 
 
-def kernels() -> Kernels:
-    return Kernels(matrix, multiply, attend, geglu, norm, add, ahead=False)
+def kernels(*, unpack: bool = False) -> Kernels:
+    """
+    Args:
+        unpack: keep packed matrices as float32 once they were needed, beside the packed ones.
+    """
+    return Kernels(partial(matrix, unpack=unpack), multiply, attend, geglu, norm, add, ahead=False, unpacks=unpack)
+
+
+def unpacks(model: nn.Module) -> bool:
+    """Whether a model is packed, and fits into the memory as float32 several times over."""
+    if sys.platform == "win32":
+        return False
+    packed = [module for _, module in model.named_modules() if "scales" in module]
+    numbers = sum(module.weight.size * 32 // module.bits for module in packed)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return bool(packed) and ROOM_TO_UNPACK * 4 * numbers <= memory
 
 
 def multiply(x: mx.array, matrix: Multiply) -> mx.array:
@@ -58,20 +79,69 @@ def multiply(x: mx.array, matrix: Multiply) -> mx.array:
     return matrix(x)
 
 
-def matrix(module: nn.Module) -> Multiply:
+def matrix(module: nn.Module, *, unpack: bool = False) -> Multiply:
     """(…, in) → (…, out), without the bias."""
     mx.eval(module.parameters())
     packed = "scales" in module
     rows = _rows(module)
+    kept: list[Floats] = []
+    room = _room(rows[1], module.scales.shape[1] * module.group_size) if packed and unpack else None
+    left_packed = True  # its first product of a row or two; a prompt needs it unpacked anyway
     parts = list(_parts(module)) if packed else []
 
     def multiplied(x: mx.array) -> mx.array:
-        if packed and x.size < UNPACK_FROM * x.shape[-1]:
+        nonlocal left_packed
+        few = x.size < UNPACK_FROM * x.shape[-1]
+        if room is not None and not (few and left_packed):
+            if not kept:
+                kept.append(_fill(room(), rows[0], rows[2]))
+            return matmul(x, lambda some, room: kept[0][some], rows[1], 0)
+        left_packed = False
+        if packed and few:
             out = [part(x, stream) for part, stream in zip(parts, cpu_streams(len(parts)), strict=True)]
             return (out[0] if len(out) == 1 else mx.concatenate(out, axis=-1)).astype(x.dtype)
         return matmul(x, *rows)
 
     return multiplied
+
+
+def _fill(out: Floats, rows: MatrixRows, step: int) -> Floats:
+    """Unpack all rows of a matrix into `out`, `step` at a time."""
+    for start in range(0, len(out), step):
+        some = slice(start, min(start + step, len(out)))
+        found = rows(some, out[some])
+        if found.base is not out:
+            out[some] = found
+    return out
+
+
+def _room(count: int, width: int) -> Callable[[], Floats]:
+    """Memory for a matrix, got ready by a thread of its own meanwhile: its pages cost as much as the unpacking."""
+    if sys.platform != "linux":
+        return lambda: np.empty((count, width), np.float32)
+    memory = mmap.mmap(-1, 4 * count * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    out: Floats = np.frombuffer(memory, np.float32).reshape(count, width)
+
+    def fetch() -> None:  # an older Linux refuses: then the pages come one by one
+        _libc().madvise(c_void_p(out.ctypes.data), c_size_t(out.nbytes), MADV_POPULATE_WRITE)
+
+    ready = _pages().submit(fetch)
+
+    def room() -> Floats:
+        ready.result()
+        return out
+
+    return room
+
+
+@cache
+def _pages() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "mlx-gemma3 pages")
+
+
+@cache
+def _libc() -> CDLL:
+    return CDLL(None)
 
 
 def matmul(x: mx.array, rows: MatrixRows, count: int, step: int) -> mx.array:

@@ -40,6 +40,7 @@ class Runner:
         self.model, self.config = model, model.config
         self.dtype: mx.Dtype = model.language_model.norm.weight.dtype  # of the activations
         self.ahead = kernels is None or kernels.ahead  # a step may be issued before the one before is read
+        self.unpacks = kernels is not None and kernels.unpacks  # packed matrices are held as float32 too
         self._kernels, self._tower = kernels, tower
         self._decoder = (
             model.language_model if kernels is None else FusedDecoder(model.language_model, kernels, between)
@@ -114,4 +115,4 @@ def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runn
     if mx.default_device().type != mx.DeviceType.cpu:
         return Runner(model, gpu_kernels(), gpu_tower(), between)
     tower = cpu.tower_kernels(model.vision_tower) if model.config.vision is not None else PLAIN
-    return Runner(model, cpu.kernels(), tower, between)
+    return Runner(model, cpu.kernels(unpack=cpu.unpacks(model)), tower, between)
