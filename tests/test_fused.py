@@ -375,7 +375,7 @@ def test_each_thread_has_streams_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         found.append(bool(mx.allclose(multiply(mx.ones((1, 64))), want, atol=1e-5)))
 
     work()
-    for turn in range(3):
+    for _ in range(3):
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
