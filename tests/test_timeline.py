@@ -253,3 +253,18 @@ def test_packed_keys_and_values_are_near_and_small(bits: int, local: int) -> Non
     far = [index for index in range(8) if model.config.text.is_global(index)]
     sizes = [caches[far[0]].nbytes for caches in (plain, packed)]
     assert sizes[1] / sizes[0] == pytest.approx({8: (1 + 8 / 64) / 4, 4: (0.5 + 8 / 64) / 4}[bits])
+
+
+def test_room_for_what_is_expected_is_made_once() -> None:
+    """Growing by steps would copy all keys and values each time."""
+    runner = Runner(random_model(tiny_config()))
+    caches = runner.make_caches()
+    caches.expect(700)
+    room = set()
+    for start in range(0, 700, 100):
+        runner.read([[4 + (start + n) % 40 for n in range(100)]], None, caches)
+        room |= {layer.parts[0].shape[2] for layer in caches if layer.window is None}
+    assert room == {768}
+    caches.expect(0)
+    runner.read([[5] * 100], None, caches)
+    assert {layer.parts[0].shape[2] for layer in caches if layer.window is None} == {1024}

@@ -92,6 +92,8 @@ class LayerCache:
 class GlobalCache(LayerCache):
     """All keys and values."""
 
+    expected = 0  # tokens that are to come in all, as far as is known
+
     @property
     def filled(self) -> int:  # type: ignore[override]
         return self.offset
@@ -100,7 +102,8 @@ class GlobalCache(LayerCache):
         start, stop = self.offset, self.offset + keys_values.shape[2]
         self.offset = stop
         rows = self._pack(keys_values)
-        self.reserve(rows, -(-stop // STEP) * STEP)
+        if not self.parts or stop > self.parts[0].shape[2]:
+            self.reserve(rows, -(-max(stop, self.expected) // STEP) * STEP)
         self._write(start, stop, rows)
         return self._view(0, stop)
 
@@ -207,6 +210,12 @@ class Caches:
         self.padding = check_padding(padding)
         self.ends_in_image = False  # the last token read was an image token: its block may not go on in a later call
         self.snapshots: list[Snapshot] = []  # by position
+
+    def expect(self, tokens: int) -> None:
+        """Make the next room for so many tokens in all: growing by STEP copies everything each time."""
+        for layer in self.layers:
+            if isinstance(layer, GlobalCache):
+                layer.expected = tokens
 
     @property
     def offset(self) -> int:

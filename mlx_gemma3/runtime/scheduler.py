@@ -269,6 +269,7 @@ class Scheduler:
                 timeline = timeline.fork()
         try:
             job.reads(timeline, timeline.open(tokens, limit=self.loaded.options.max_context))
+            timeline.caches.expect(self._context(job, tokens))
             if timeline.logits is not None:
                 self._start_writing(job)
             else:
