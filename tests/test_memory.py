@@ -81,12 +81,34 @@ def test_score_matrix_of_4b_at_128k() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_the_chunk_is_the_one_that_prefill_takes(size: str, dtype: mx.Dtype) -> None:
-    runner: Any = SimpleNamespace(config=SIZES[size], dtype=dtype)
+    unfused = 1024 if dtype == mx.bfloat16 else 512
+    runner: Any = SimpleNamespace(config=SIZES[size], dtype=dtype, unfused_chunk=unfused)
     for keys in (100, 4096, 32768, 131072):
         for bits, local in ((16, 16), (8, 16), (16, 8), (4, 4)):
             caches = Caches(SIZES[size], kv_bits=bits, local_kv_bits=local)
-            found = chunk_size(SIZES[size], keys, kv_bits=bits, local_kv_bits=local, dtype_bytes=dtype.size)
+            found = chunk_size(
+                SIZES[size], keys, kv_bits=bits, local_kv_bits=local, dtype_bytes=dtype.size, unfused=unfused
+            )
             assert found == usual_chunk(runner, caches, keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "macos", "tokens"),
+    [("applegpu_g13g", 10.7, "15.5", 512), ("applegpu_g13s", 48, "15.5", 1024), ("applegpu_g17g", 10.7, "26.2", 1024),
+     ("applegpu_g17g", 10.7, "26.1", 512), ("applegpu_g17p", 10.7, "26.4", 512), ("applegpu_g18p", 5.3, "27.0", 1024)],
+)  # fmt: skip
+def test_a_chunk_is_as_long_as_the_chip_and_its_memory_like(
+    name: str, gib: float, macos: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = {
+        "memory_size": int(1.5 * gib * GIB),
+        "max_recommended_working_set_size": int(gib * GIB),
+        "architecture": name,
+    }
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda _: about)
+    monkeypatch.setattr("platform.mac_ver", lambda: (macos, ("", "", ""), "arm64"))
+    assert memory.this_machine().unfused == tokens
 
 
 @pytest.mark.parametrize("size", SIZES)

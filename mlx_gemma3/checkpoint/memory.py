@@ -20,7 +20,8 @@ from mlx.utils import tree_flatten
 from ..config import Config
 from ..errors import OptionError
 from ..model.cache import KV_BITS, KV_GROUP, STEP, WindowCache
-from ..model.chunks import GRAIN, LONGEST_UNFUSED, SCORE_BYTES, SHORTEST, chunk_size, score_bytes
+from ..model.chunks import GRAIN, SCORE_BYTES, SHORTEST, UNFUSED, chunk_size, score_bytes, unfused_chunk
+from ..model.device import neural_accelerators
 from ..model.gemma3 import Gemma3
 from .entries import Entry, Packing
 from .safetensors import is_vision
@@ -68,6 +69,7 @@ def estimate(
     dtype_bytes: int = 2,
     chunk: int | None = None,
     fused: bool = True,
+    unfused: int = UNFUSED,
 ) -> Estimate:
     """What a model needs in memory to hold `context` tokens, one sequence.
 
@@ -80,6 +82,7 @@ def estimate(
         dtype_bytes: of the activations: 2 for bfloat16, 4 for float32.
         chunk: tokens read at once; None for `chunk_size` of every context on the way.
         fused: the device has fused attention for short heads (Metal); False where it has none (the CPU).
+        unfused: tokens that it reads at once where attention is not fused (`Machine.unfused`).
 
     Raises:
         OptionError: a context that the model does not have, bits that caches do not come in.
@@ -93,7 +96,7 @@ def estimate(
             raise OptionError(name, got=wanted, want="16, 8 or 4")
     bits = {"kv_bits": kv_bits, "local_kv_bits": local_kv_bits}
     if chunk is None:
-        at, chunk = hardest_read(config, context, **bits, dtype_bytes=dtype_bytes, fused=fused)
+        at, chunk = hardest_read(config, context, **bits, dtype_bytes=dtype_bytes, fused=fused, unfused=unfused)
     else:
         at, chunk = context, min(chunk, context)
     kv_global, kv_local = cache_bytes(config, context, **bits, dtype_bytes=dtype_bytes)
@@ -142,18 +145,19 @@ def hardest_read(
     local_kv_bits: int = 16,
     dtype_bytes: int = 2,
     fused: bool = True,
+    unfused: int = UNFUSED,
 ) -> tuple[int, int]:
     """(tokens, chunk) of the read that needs most memory on the way to `context`.
 
     With more tokens the chunk gets smaller in steps, so the hardest read stands at the end of one of the steps.
     """
     row = score_bytes(config, 1, 1, kv_bits=kv_bits, local_kv_bits=local_kv_bits, dtype_bytes=dtype_bytes)
-    steps = range(SHORTEST, LONGEST_UNFUSED + 1, GRAIN)
+    steps = range(SHORTEST, unfused + 1, GRAIN)
     ends = {min(context, SCORE_BYTES // (row * chunk)) for chunk in steps} if row else set()
 
     def chunk(tokens: int) -> int:
         bits = {"kv_bits": kv_bits, "local_kv_bits": local_kv_bits}
-        return min(tokens, chunk_size(config, tokens, **bits, dtype_bytes=dtype_bytes))
+        return min(tokens, chunk_size(config, tokens, **bits, dtype_bytes=dtype_bytes, unfused=unfused))
 
     def need(tokens: int) -> int:
         bits = {"kv_bits": kv_bits, "local_kv_bits": local_kv_bits}
@@ -220,6 +224,7 @@ def largest_context(
     local_kv_bits: int = 16,
     dtype_bytes: int = 2,
     fused: bool = True,
+    unfused: int = UNFUSED,
 ) -> int:
     """The longest context that fits into `budget` bytes, in steps of 256 tokens; 0 when not even one step does."""
     limit = config.text.max_position_embeddings
@@ -233,6 +238,7 @@ def largest_context(
             local_kv_bits=local_kv_bits,
             dtype_bytes=dtype_bytes,
             fused=fused,
+            unfused=unfused,
         )
         return need.total <= budget
 
@@ -295,6 +301,12 @@ class Machine:
     budget: int
     rule: str  # how the budget follows from the memory
     metal: bool = True
+    neural: bool = False  # M5's neural accelerators
+
+    @property
+    def unfused(self) -> int:
+        """Tokens that are read at once there, where attention is not fused."""
+        return unfused_chunk(self.budget, metal=self.metal, neural=self.neural)
 
     @property
     def dtype_bytes(self) -> int:
@@ -308,7 +320,8 @@ def this_machine() -> Machine:
         info = mx.device_info(mx.Device(mx.gpu))
         memory = int(info["memory_size"])
         budget = int(info["max_recommended_working_set_size"])
-        return Machine(str(info.get("device_name", "this Mac")), memory, budget, "what Metal recommends at most")
+        name, neural = str(info.get("device_name", "this Mac")), neural_accelerators()
+        return Machine(name, memory, budget, "what Metal recommends at most", neural=neural)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Machine("this machine", memory, memory * 3 // 4, "three quarters of its memory; no Metal, float32", False)
 

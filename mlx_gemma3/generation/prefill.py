@@ -26,6 +26,7 @@ def usual_chunk(runner: Runner, caches: Caches, context: int) -> int:
         kv_bits=bits.get(True, 16),
         local_kv_bits=bits.get(False, 16),
         dtype_bytes=runner.dtype.size,
+        unfused=runner.unfused_chunk,
     )
 
 

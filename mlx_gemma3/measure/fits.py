@@ -94,6 +94,7 @@ class Subject:
             local_kv_bits=self.local_kv_bits,
             dtype_bytes=machine.dtype_bytes,
             fused=machine.metal,
+            unfused=machine.unfused,
         )
 
     def longest(self, bits: int | None, machine: Machine, kv_bits: int) -> int:
@@ -107,6 +108,7 @@ class Subject:
             local_kv_bits=self.local_kv_bits,
             dtype_bytes=machine.dtype_bytes,
             fused=machine.metal,
+            unfused=machine.unfused,
         )
 
 
@@ -209,7 +211,7 @@ def _explained(subject: Subject, machine: Machine, context: int, kv_bits: int) -
     row = f"layers x 2 x {text.num_key_value_heads} heads x {text.head_dim} x"
     size = machine.dtype_bytes
     both = {"kv_bits": kv_bits, "local_kv_bits": subject.local_kv_bits}
-    at, chunk = hardest_read(config, context, **both, dtype_bytes=size, fused=machine.metal)
+    at, chunk = hardest_read(config, context, **both, dtype_bytes=size, fused=machine.metal, unfused=machine.unfused)
     room = -(-context // STEP) * STEP
     scores = score_bytes(config, at, chunk, kv_bits=kv_bits, dtype_bytes=size, fused=machine.metal)
     stored = {name: f"{bits} bits and scales" if bits < 16 else f"{size * 8} bits" for name, bits in both.items()}

@@ -1,8 +1,8 @@
 """How many tokens of a prompt are read at once: the one rule, for generation and for the arithmetic of memory.
 
-Where attention is not fused its scores are real memory, heads * chunk * keys numbers. Metal's fused kernels for more
-than 8 queries leave out heads of 256 (MLX 0.32, scaled_dot_product_attention.cpp: `use_fallback`), and no kernel reads
-packed rows.
+Where attention is not fused its scores are real memory, heads * chunk * keys numbers. Of heads of 256, Metal's kernels
+read many queries only with the neural accelerators of M5 and 1,024 queries or more (MLX 0.32.4,
+scaled_dot_product_attention.cpp: `use_fallback`); no kernel reads packed rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from ..config import Config
 
 SCORE_BYTES = 1 << 30  # of one layer, at most
 FUSED_HEAD = 128
-LONGEST, LONGEST_UNFUSED, SHORTEST, GRAIN = 2048, 512, 32, 32  # tokens
+LONGEST, SHORTEST, GRAIN = 2048, 32, 32  # tokens
+UNFUSED, UNFUSED_ROOMY = 512, 1024  # with scores in memory; the longer one where there is room, or M5 fuses it
+ROOMY = 20 << 30  # bytes that a model may take: Macs of 32 GB and more
 
 
 def score_bytes(
@@ -39,16 +41,31 @@ def score_bytes(
     return text.num_attention_heads * chunk * keys * dtype_bytes
 
 
+def unfused_chunk(budget: int, *, metal: bool, neural: bool) -> int:
+    """Tokens to read at once with scores in memory, on this device.
+
+    Args:
+        budget: bytes that a model may take there.
+        neural: it has M5's neural accelerators, which fuse heads of 256 from 1,024 queries on.
+    """
+    return UNFUSED_ROOMY if metal and (neural or budget >= ROOMY) else UNFUSED
+
+
 def chunk_size(
-    config: Config, context: int, *, kv_bits: int = 16, local_kv_bits: int = 16, dtype_bytes: int = 2
+    config: Config,
+    context: int,
+    *,
+    kv_bits: int = 16,
+    local_kv_bits: int = 16,
+    dtype_bytes: int = 2,
+    unfused: int = UNFUSED,
 ) -> int:
     """Tokens to read at once when there are `context` in all: at most SCORE_BYTES of scores, whatever the context.
 
-    2048; with scores in memory 512, or as many (in steps of 32, at least 32) as keep them under the bound. The same on
-    every device, so that the same prompt is cut alike.
+    2048; with scores in memory `unfused`, or as many (in steps of 32, at least 32) as keep them under the bound.
     """
     fused = config.text.head_dim <= FUSED_HEAD and kv_bits == 16
-    chunk = LONGEST if fused else LONGEST_UNFUSED
+    chunk = LONGEST if fused else unfused
 
     def scores(chunk: int) -> int:
         return score_bytes(

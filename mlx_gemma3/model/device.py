@@ -13,6 +13,7 @@ Source: MLX 0.32.4, backend/metal/allocator.cpp and resident.h, backend/common/b
 from __future__ import annotations
 
 import platform
+import re
 import threading
 
 import mlx.core as mx
@@ -78,6 +79,14 @@ def _apply() -> None:
     found = mx.set_wired_limit(min(most_wired(), sum(_wanted.values())))
     if not _before:
         _before.append(found)
+
+
+def neural_accelerators() -> bool:
+    """Whether MLX uses those of M5: GPU generation 17 (18 on phones' chips), macOS 26.2 (its `is_nax_available`)."""
+    if not mx.metal.is_available() or _macos() < (26, 2):
+        return False
+    found = re.search(r"g(\d+)(\w)$", str(mx.device_info(mx.Device(mx.gpu)).get("architecture", "")))
+    return found is not None and int(found[1]) >= (18 if found[2] == "p" else 17)
 
 
 def _macos() -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from . import cpu
 from .cache import Caches
+from .chunks import UNFUSED
 from .context import Chunk, Step
 from .fused import FusedDecoder, Kernels, Matrix, gpu_kernels, gpu_tower
 from .gemma3 import Gemma3
@@ -41,6 +42,7 @@ class Runner:
         self.dtype: mx.Dtype = model.language_model.norm.weight.dtype  # of the activations
         self.ahead = kernels is None or kernels.ahead  # a step may be issued before the one before is read
         self.unpacks = kernels is not None and kernels.unpacks  # packed matrices are held as float32 too
+        self.unfused_chunk = UNFUSED  # tokens to read at once where attention is not fused
         self._kernels, self._tower = kernels, tower
         self._decoder = (
             model.language_model if kernels is None else FusedDecoder(model.language_model, kernels, between)

@@ -47,6 +47,7 @@ def check_memory(
         local_kv_bits=local_kv_bits,
         dtype_bytes=dtype_bytes,
         fused=machine.metal,
+        unfused=machine.unfused,
     )
     if need.total <= machine.budget:
         return
@@ -63,6 +64,7 @@ def check_memory(
             local_kv_bits=local,
             dtype_bytes=dtype_bytes,
             fused=machine.metal,
+            unfused=machine.unfused,
         )
         if smaller.total <= machine.budget:
             would.append(f"--kv-bits {bits}" + (f" --local-kv-bits {local}" if local != local_kv_bits else ""))
@@ -75,6 +77,7 @@ def check_memory(
         local_kv_bits=local_kv_bits,
         dtype_bytes=dtype_bytes,
         fused=machine.metal,
+        unfused=machine.unfused,
     )
     if 256 <= longest < context:
         would.append(f"--max-context {longest}")
@@ -89,6 +92,7 @@ def check_memory(
             local_kv_bits=local_kv_bits,
             dtype_bytes=dtype_bytes,
             fused=machine.metal,
+            unfused=machine.unfused,
         )
         if bits < 16 and total.total <= machine.budget:
             would.append(f"the same converted with --bits {bits}")

@@ -304,6 +304,7 @@ class Scheduler:
             kv_bits=bits["kv_bits"],
             local_kv_bits=bits["local_kv_bits"],
             dtype_bytes=bits["dtype_bytes"],
+            unfused=self.runner.unfused_chunk,
         ).total
         free = self.budget - alone - sum(other.kv_bytes for other in self.running)
         while self.pool.timelines and self.pool.nbytes > free:
