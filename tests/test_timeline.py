@@ -106,7 +106,7 @@ class Talk:
                     written.append(token)
                     if self.random.random() < 0.1:
                         break
-                if self.random.random() < 0.8:
+                if 58 not in written and 60 not in written and self.random.random() < 0.8:
                     self.turns.append((written, [], []))
 
 

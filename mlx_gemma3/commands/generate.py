@@ -124,7 +124,7 @@ def generate(
         first = prefill.strip() if prefill is not None and not as_json else ""  # as the template writes it
         stopped = _print(stream, status, first, as_json=as_json, kept=kept)
         if stats and (end := stream.next())["kind"] == "done":
-            tell(_stats(end["usage"], unpacked=engine.about["unpacked"]))
+            tell(_stats(end["usage"], unpacked=engine.about["unpacked_bytes"]))
     if stopped:
         raise typer.Exit(128 + stopped)
 
@@ -280,7 +280,7 @@ def _show(event: Event, status: Status, pace: Pace, *, as_json: bool) -> None:
         answer(event["text"] if event["kind"] == "text" else "\n")
 
 
-def _stats(usage: Usage, *, unpacked: bool) -> str:
+def _stats(usage: Usage, *, unpacked: int) -> str:
     """Counts and speeds in one line."""
 
     def speed(tokens: int, seconds: float) -> str:
@@ -296,6 +296,6 @@ def _stats(usage: Usage, *, unpacked: bool) -> str:
             f"answer {answered} tokens, {speed(answered - 1, after_first)}",
             f"first token after {usage['prepare_seconds'] + usage['first_token_seconds']:.2f} s",
             f"peak memory {usage['peak_memory_bytes'] / 2**30:.2f} GiB",
-            *(["weights unpacked to float32 for this CPU"] if unpacked else []),
+            *([f"weights unpacked to float32 for this CPU: {unpacked / 2**30:.2f} GiB more"] if unpacked else []),
         ]
     )

@@ -258,7 +258,10 @@ def _measure_depth(runner: Runner, checkpoint: Checkpoint, depth: int, plan: Pla
         runner, depth, tokens=plan.tokens, batch=plan.batch, kv_bits=plan.kv_bits, repeat=plan.repeat
     )
     config, size = checkpoint.config, runner.dtype.size
-    weights = step_weight_bytes(open_store(checkpoint).entries, config, batch=plan.batch, dtype_bytes=size)
+    entries = open_store(checkpoint).entries
+    if runner.unpacked_bytes:  # what a step reads then
+        entries = [replace(entry, packing=None) for entry in entries]
+    weights = step_weight_bytes(entries, config, batch=plan.batch, dtype_bytes=size)
     middle = depth + plan.tokens // 2
     kv = plan.batch * step_kv_bytes(config, middle, kv_bits=plan.kv_bits, dtype_bytes=size)
     share = (weights + kv) * (rates.median / plan.batch) / speed.bytes_per_second

@@ -61,17 +61,20 @@ def kernels(*, unpack: bool = False) -> Kernels:
     Args:
         unpack: keep packed matrices as float32 once they were needed, beside the packed ones.
     """
-    return Kernels(partial(matrix, unpack=unpack), multiply, attend, geglu, norm, add, ahead=False, unpacks=unpack)
+    return Kernels(partial(matrix, unpack=unpack), multiply, attend, geglu, norm, add, ahead=False)
 
 
-def unpacks(model: nn.Module) -> bool:
-    """Whether a model is packed, and fits into the memory as float32 several times over."""
+def unpacked_bytes(model: nn.Module) -> int:
+    """Of a model's packed matrices as float32, if they are to be kept so: they fit into the memory several times over.
+
+    0 where they do not, or none is packed.
+    """
     if sys.platform == "win32":
-        return False
+        return 0
     packed = [module for _, module in model.named_modules() if "scales" in module]
     numbers = sum(module.weight.size * 32 // module.bits for module in packed)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return bool(packed) and ROOM_TO_UNPACK * 4 * numbers <= memory
+    return 4 * numbers if ROOM_TO_UNPACK * 4 * numbers <= memory else 0
 
 
 def multiply(x: mx.array, matrix: Multiply) -> mx.array:

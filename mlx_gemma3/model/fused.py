@@ -47,7 +47,6 @@ class Kernels:
     add: Callable[[mx.array, mx.array], mx.array] = operator.add
     compile: Callable[[Function], Function] = lambda function: function  # of arrays and constants
     ahead: bool = True  # it computes while the host goes on, so that the next step can be issued early
-    unpacks: bool = False  # packed matrices are held as float32 too
 
 
 class FusedDecoder:

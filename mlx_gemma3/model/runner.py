@@ -41,7 +41,7 @@ class Runner:
         self.model, self.config = model, model.config
         self.dtype: mx.Dtype = model.language_model.norm.weight.dtype  # of the activations
         self.ahead = kernels is None or kernels.ahead  # a step may be issued before the one before is read
-        self.unpacks = kernels is not None and kernels.unpacks  # packed matrices are held as float32 too
+        self.unpacked_bytes = 0  # of packed matrices that are kept as float32 too
         self.unfused_chunk = UNFUSED  # tokens to read at once where attention is not fused
         self._kernels, self._tower = kernels, tower
         self._decoder = (
@@ -117,4 +117,7 @@ def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runn
     if mx.default_device().type != mx.DeviceType.cpu:
         return Runner(model, gpu_kernels(), gpu_tower(), between)
     tower = cpu.tower_kernels(model.vision_tower) if model.config.vision is not None else PLAIN
-    return Runner(model, cpu.kernels(unpack=cpu.unpacks(model)), tower, between)
+    unpacked_bytes = cpu.unpacked_bytes(model)
+    runner = Runner(model, cpu.kernels(unpack=unpacked_bytes > 0), tower, between)
+    runner.unpacked_bytes = unpacked_bytes
+    return runner

@@ -26,7 +26,7 @@ class About(TypedDict):
     vision: bool  # takes pictures
     max_context: int  # tokens of a prompt and its answer
     weights_bytes: int
-    unpacked: bool  # packed weights are held as float32 too: on a CPU that is faster, where the memory lasts
+    unpacked_bytes: int  # of packed weights that a CPU keeps as float32 too, because it is faster so
     notes: list[str]  # sentences on how the checkpoint was understood, often none
 
 
@@ -57,7 +57,7 @@ class Loaded:
         positions = checkpoint.config.text.max_position_embeddings
         self.max_context = min(options.max_context or positions, positions)
         self.dtype = str(runner.dtype).removeprefix("mlx.core.")
-        self._unpacked = runner.unpacks
+        self._unpacked_bytes = runner.unpacked_bytes
         self._weights_bytes = sum(array.nbytes for _, array in tree_flatten(runner.model.parameters()))
 
     @property
@@ -72,7 +72,7 @@ class Loaded:
             vision=self.config.vision is not None,
             max_context=self.max_context,
             weights_bytes=self._weights_bytes,
-            unpacked=self._unpacked,
+            unpacked_bytes=self._unpacked_bytes,
             notes=list(self.checkpoint.notes),
         )
 
