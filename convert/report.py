@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlx_gemma3.checkpoint.entries import part_of
 from mlx_gemma3.visible import one_line
 
 if TYPE_CHECKING:
@@ -15,16 +16,8 @@ KINDS = ("embedding", "head", "attention", "mlp", "norms", "vision", "projector"
 
 def kind_of(name: str) -> str:
     """The kind of a parameter by its canonical name: one of KINDS."""
-    if name.startswith("multi_modal_projector."):
-        return "projector"
-    if name.startswith("vision_tower."):
-        return "vision"
-    if "norm" in name:
-        return "norms"
-    for part, kind in (("embed_tokens", "embedding"), ("lm_head", "head"), ("self_attn", "attention")):
-        if part in name:
-            return kind
-    return "mlp"
+    part = part_of(name)
+    return {"vision_tower": "vision", "embed_tokens": "embedding", "lm_head": "head"}.get(part, part)
 
 
 @dataclass

@@ -58,11 +58,12 @@ keep_float32()
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__:
+        check_system()
     if name in ("convert", "images"):  # a package that is called, and a module
         return import_module(".convert" if name == "convert" else ".prompt.images", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    check_system()
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 

@@ -125,6 +125,7 @@ def test_freed_buffers_go_after_each_chunk_and_now_and_then_while_writing(
 def test_the_wheel_of_macos_26_is_refused_before_26_2(
     version: str, wheel: int, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    check_system.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(platform, "mac_ver", lambda: (version, ("", "", ""), "arm64"))
     tag = f"Wheel-Version: 1.0\nTag: py3-none-macosx_{wheel}_0_arm64\n"
@@ -206,6 +207,26 @@ def test_one_error_of_the_gpu_ends_an_answer_and_two_in_a_row_the_engine(
                 engine.generate("the", max_tokens=4)
         with pytest.raises(DeviceLost):
             engine.session()
+
+
+def test_caches_that_an_error_of_the_gpu_left_half_written_are_dropped(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Failing(monkeypatch)
+    with g3.load(chat_folder) as engine:
+        session, options = engine.session(), {"max_tokens": 4, "temperature": 0.0}
+        session.send("the", **options).reply
+        before = session._conversation.timeline
+        engine.generate("the model", **options)
+        pool = engine._thread._scheduler.pool
+        for ask in (session.send, engine.stream):
+            failing.left, held = 1, list(pool.timelines)
+            with pytest.raises(DeviceError):
+                ask("another", **options).reply
+            assert set(pool.timelines) <= set(held)
+            engine.generate("again", **options)
+        assert session._conversation.timeline is not before
+        assert len(session.messages) == 2
 
 
 WORKER = """

@@ -32,6 +32,16 @@ def data_folder() -> Path:
     return _folder(DATA_VARIABLE, "Application Support", "XDG_DATA_HOME", Path(".local", "share"))
 
 
+def may_exist(path: str) -> bool:
+    """Whether somebody's words are a path that is there; True too where that cannot be asked, for whoever reads it says
+    why: too long, no such user, a NUL.
+    """
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return True
+
+
 def temporary_folder() -> Path:
     """A folder for rebuilt files where the usual one cannot be: below the system's temporary folder, this user's own.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 
 from ..errors import DeviceError
 
 
+@functools.cache
 def check_system() -> None:
     """Refuse macOS 26.0 and 26.1 with MLX's wheel for macOS 26, which needs 26.2 (its libraries' minos; pip offers it).
 

@@ -75,3 +75,18 @@ def read_note(folder: Path) -> Note:
     prose = (part.strip() for part in paragraphs)
     first = next((part for part in prose if re.match(r"[\w*_\"'(]", part)), "")  # no heading, picture, code or table
     return Note(" ".join(first.split()), named[1] if named else "")
+
+
+def part_of(name: str) -> str:
+    """The kind of module that a canonical name belongs to."""
+    if name.startswith("vision_tower."):
+        return "vision_tower"
+    if name.startswith("multi_modal_projector."):
+        return "projector"
+    if name.startswith("lm_head."):
+        return "lm_head"
+    if "embed_tokens." in name:
+        return "embed_tokens"
+    if "norm." in name:
+        return "norms"
+    return "attention" if ".self_attn." in name else "mlp"

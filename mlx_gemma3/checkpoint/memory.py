@@ -9,7 +9,6 @@ to peaks measured on MLX's CPU backend, on the upper side; docs/memory.md has th
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +20,7 @@ from ..config import Config
 from ..errors import OptionError
 from ..model.cache import KV_BITS, KV_GROUP, STEP, WindowCache
 from ..model.chunks import GRAIN, SCORE_BYTES, SHORTEST, UNFUSED, chunk_size, score_bytes, unfused_chunk
-from ..model.device import neural_accelerators
+from ..model.device import memory_bytes, neural_accelerators
 from ..model.gemma3 import Gemma3
 from .entries import Entry, Packing
 from .safetensors import is_vision
@@ -322,7 +321,7 @@ def this_machine() -> Machine:
         budget = int(info["max_recommended_working_set_size"])
         name, neural = str(info.get("device_name", "this Mac")), neural_accelerators()
         return Machine(name, memory, budget, "what Metal recommends at most", neural=neural)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = memory_bytes()
     return Machine("this machine", memory, memory * 3 // 4, "three quarters of its memory; no Metal, float32", False)
 
 

@@ -41,6 +41,15 @@ def image_runs(spans: Spans) -> list[tuple[int, int]]:
     return runs
 
 
+def spans_within(spans: Spans, begin: int, end: int) -> dict[int, tuple[int, int]]:
+    """The spans that lie in a range of tokens by their number, each counted from the range's begin."""
+    return {
+        number: (start - begin, stop - begin)
+        for number, (start, stop) in enumerate(spans)
+        if begin <= start and stop <= end
+    }
+
+
 def chunk_end(begin: int, length: int, spans: Spans, chunk: int) -> int:
     """Where a chunk of at most `chunk` tokens from `begin` on ends, never inside an image block.
 
@@ -125,13 +134,13 @@ def prefill(
     for begin, end in prefill_chunks(
         len(tokens), spans, chunk or usual_chunk(runner, caches, caches.offset + len(tokens))
     ):
-        inside = [number for number, (start, stop) in enumerate(spans) if begin <= start and stop <= end]
+        inside = spans_within(spans, begin, end)
         logits = read_chunk(
             runner,
             tokens[begin:end],
             caches,
             [features[number] for number in inside],
-            [(spans[number][0] - begin, spans[number][1] - begin) for number in inside],
+            list(inside.values()),
             last=end == len(tokens),
         )
     assert logits is not None

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..checkpoint.entries import Entry, read_note
+from ..checkpoint.entries import Entry, part_of, read_note
 from ..checkpoint.load import Checkpoint, open_checkpoint
 from ..checkpoint.memory import estimate, loaded_bytes
 from ..checkpoint.published import size_of
@@ -67,7 +67,6 @@ def _describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any
 
 def _note(checkpoint: Checkpoint) -> str | None:
     """What the checkpoint says of itself: the first words of its card, or a GGUF's own description."""
-
     if checkpoint.gguf is None:
         return read_note(checkpoint.path).text or None
     return str(checkpoint.gguf[0].settings.get("general.description") or "") or None
@@ -77,21 +76,6 @@ def _totals(entries: Iterable[Entry]) -> tuple[int, int]:
     """Numbers, and bytes in the file."""
     pairs = [(math.prod(entry.shape), entry.nbytes) for entry in entries]
     return sum(count for count, _ in pairs), sum(size for _, size in pairs)
-
-
-def part_of(name: str) -> str:
-    """The kind of module that a canonical name belongs to."""
-    if name.startswith("vision_tower."):
-        return "vision_tower"
-    if name.startswith("multi_modal_projector."):
-        return "projector"
-    if name.startswith("lm_head."):
-        return "lm_head"
-    if "embed_tokens." in name:
-        return "embed_tokens"
-    if "norm." in name:
-        return "norms"
-    return "attention" if ".self_attn." in name else "mlp"
 
 
 def stored_as(entry: Entry) -> str:
@@ -154,7 +138,6 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The vocabulary's file and how many ids have a piece; None without a usable one."""
-
     try:
         size = checkpoint.tokenizer().vocab_size
     except TokenizerError:
@@ -166,7 +149,6 @@ def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def _template(checkpoint: Checkpoint) -> str | None:
     """The file that holds the chat template, or None."""
-
     if checkpoint.gguf is not None:
         return checkpoint.path.name if gguf_template(checkpoint.gguf[0]) is not None else None
     found = find_template(checkpoint.path)
@@ -175,7 +157,6 @@ def _template(checkpoint: Checkpoint) -> str | None:
 
 def _memory(checkpoint: Checkpoint, entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Bytes on a Mac (bfloat16) at a few contexts, by the bits of the key-value cache."""
-
     config = checkpoint.config
     weights = loaded_bytes(entries)
     rows = []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from ..boundary.paths import may_exist
 from ..checkpoint.entries import Entry
 from ..checkpoint.load import open_checkpoint
 from ..checkpoint.memory import (
@@ -79,13 +79,11 @@ class Subject:
 
     def weights(self, bits: int | None, machine: Machine) -> int:
         """Bytes in memory at these bits; None: as the checkpoint is."""
-
         if bits is None:
             return loaded_bytes(self.entries, dtype_bytes=machine.dtype_bytes)
         return planned_bytes(self.config, bits, dtype_bytes=machine.dtype_bytes)
 
     def need(self, bits: int | None, machine: Machine, context: int, kv_bits: int) -> Estimate:
-
         return estimate(
             self.config,
             self.weights(bits, machine),
@@ -99,7 +97,6 @@ class Subject:
 
     def longest(self, bits: int | None, machine: Machine, kv_bits: int) -> int:
         """The longest context that fits; 0 for none."""
-
         return largest_context(
             self.config,
             self.weights(bits, machine),
@@ -118,12 +115,7 @@ def _find(model: str, *, text_only: bool) -> Subject:
     Raises:
         SourceNotFound: no such path, and no size in the name.
     """
-
-    try:
-        exists = Path(model).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL: `resolve` says which
-        exists = True
-    if exists:
+    if may_exist(model):
         checkpoint = open_checkpoint(resolve(model, text_only=text_only), text_only=text_only)
         size = size_of(checkpoint.config)
         name = checkpoint.name + (f" ({size})" if size else "")
@@ -135,7 +127,6 @@ def _find(model: str, *, text_only: bool) -> Subject:
 
 
 def _published(size: str, *, text_only: bool) -> Subject:
-
     return Subject(size, replace(SIZES[size], vision=None) if text_only else SIZES[size])
 
 
@@ -191,7 +182,6 @@ def one(subject: Subject, machine: Machine, tokens: int | None, kv_bits: int, bi
 
 def _smaller(subject: Subject, machine: Machine, context: int, kv_bits: int) -> dict[str, Any] | None:
     """The largest published size below this one that holds as much in this memory, in the most bits; None for none."""
-
     for size in reversed(list(SIZES)):
         other = _published(size, text_only=subject.config.vision is None)
         other = replace(other, local_kv_bits=subject.local_kv_bits)
@@ -204,7 +194,6 @@ def _smaller(subject: Subject, machine: Machine, context: int, kv_bits: int) -> 
 
 def _explained(subject: Subject, machine: Machine, context: int, kv_bits: int) -> dict[str, str]:
     """The factors of each part, as memory.py multiplies them."""
-
     config = subject.config
     text, kinds = config.text, config.text.layer_types
     global_layers = sum(text.is_global(layer) for layer in range(len(kinds)))

@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from . import attention
 from .cache import Rows
+from .device import memory_bytes
 from .fused import Kernels
 from .layers import PatchConv
 from .streams import cpu_streams
@@ -69,12 +70,9 @@ def unpacked_bytes(model: nn.Module) -> int:
 
     0 where they do not, or none is packed.
     """
-    if sys.platform == "win32":
-        return 0
     packed = [module for _, module in model.named_modules() if "scales" in module]
     numbers = sum(module.weight.size * 32 // module.bits for module in packed)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 4 * numbers if ROOM_TO_UNPACK * 4 * numbers <= memory else 0
+    return 4 * numbers if ROOM_TO_UNPACK * 4 * numbers <= memory_bytes() else 0
 
 
 def multiply(x: mx.array, matrix: Multiply) -> mx.array:

@@ -12,11 +12,14 @@ Source: MLX 0.32.4, backend/metal/allocator.cpp and resident.h, backend/common/b
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import threading
 
 import mlx.core as mx
+
+from .chunks import unfused_chunk
 
 STEPS_BETWEEN = 256  # tokens of an answer
 FREED_SHARE = 8  # of the memory for the model, the part that freed buffers may take
@@ -87,6 +90,18 @@ def neural_accelerators() -> bool:
         return False
     found = re.search(r"g(\d+)(\w)$", str(mx.device_info(mx.Device(mx.gpu)).get("architecture", "")))
     return found is not None and int(found[1]) >= (18 if found[2] == "p" else 17)
+
+
+def unfused_tokens() -> int:
+    """Tokens that are read at once here where attention is not fused: chunks.py's rule."""
+    metal = mx.metal.is_available()
+    working = int(mx.device_info(mx.Device(mx.gpu))["max_recommended_working_set_size"]) if metal else 0
+    return unfused_chunk(working, metal=metal, neural=neural_accelerators())
+
+
+def memory_bytes() -> int:
+    """Of this machine, where there is no Metal to say it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _macos() -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from . import cpu
 from .cache import Caches
 from .chunks import UNFUSED
 from .context import Chunk, Step
+from .device import unfused_tokens
 from .fused import FusedDecoder, Kernels, Matrix, gpu_kernels, gpu_tower
 from .gemma3 import Gemma3
 from .vision import PLAIN, TowerKernels
@@ -115,7 +116,9 @@ class Runner:
 def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runner:
     """Evaluate the weights and arrange them for MLX's default device. See Runner for `between`."""
     if mx.default_device().type != mx.DeviceType.cpu:
-        return Runner(model, gpu_kernels(), gpu_tower(), between)
+        runner = Runner(model, gpu_kernels(), gpu_tower(), between)
+        runner.unfused_chunk = unfused_tokens()
+        return runner
     tower = cpu.tower_kernels(model.vision_tower) if model.config.vision is not None else PLAIN
     unpacked_bytes = cpu.unpacked_bytes(model)
     runner = Runner(model, cpu.kernels(unpack=unpacked_bytes > 0), tower, between)

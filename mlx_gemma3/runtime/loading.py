@@ -45,10 +45,9 @@ def load(source: Source, options: EngineOptions, closing: Callable[[], bool]) ->
     model.make_caches(kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits)
     runner = on_device(model, lambda: _check_open(closing))
     release()
-    machine = this_machine()
-    runner.unfused_chunk = machine.unfused
-    bound_freed(machine.budget)
-    return Loaded(checkpoint, options, runner), runner, machine.budget
+    budget = this_machine().budget
+    bound_freed(budget)
+    return Loaded(checkpoint, options, runner), runner, budget
 
 
 def wired_bytes(loaded: Loaded, runner: Runner) -> int:

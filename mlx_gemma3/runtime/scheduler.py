@@ -406,14 +406,13 @@ class Scheduler:
     def _fail(self, job: Job, error: BaseException) -> None:
         """One answer ends with an error; caches that an error of unknown kind left half written are dropped."""
         self._leave(job)
-        error = _of_device(error)
         job.undo()
         if isinstance(error, Gemma3Error):
             if job.conversation is None and job.timeline is not None and job.row is None:
                 self.pool.put(job.timeline)
         elif job.conversation is not None and job.timeline is not None:
             job.conversation.timeline = self.new_timeline()
-        job.request.fail(known(error))
+        job.request.fail(known(_of_device(error)))
 
     def _count(self, error: BaseException) -> None:
         """MLX tells an error of the GPU once and goes on; after some of them the GPU takes no more work at all."""

@@ -137,6 +137,7 @@ class EngineThread(threading.Thread):
             self._fetching = False
             loaded, runner, budget = load(resolved, self._options, lambda: self._closing)
             scheduler = Scheduler(loaded, runner, budget, self._queue.put)
+            wire(id(self), wired_bytes(loaded, runner))
         except Exception as error:  # raised again in the thread that asked for the engine
             failed = known(error)
             with self._lock:
@@ -149,7 +150,6 @@ class EngineThread(threading.Thread):
             self._fetching = False
         self._known, self._scheduler = loaded, scheduler
         self._loaded.set()
-        wire(id(self), wired_bytes(loaded, runner))
         try:
             self._serve(scheduler, self._first(loaded, runner))
         finally:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..generation.prefill import check_length, chunk_end, image_runs, read_chunk, usual_chunk
+from ..generation.prefill import check_length, chunk_end, image_runs, read_chunk, spans_within, usual_chunk
 from ..model.cache import Caches
 from ..model.runner import Runner
 
@@ -187,7 +187,7 @@ class Timeline:
 
     def pictures(self, begin: int, end: int) -> list[int]:
         """Which pictures of the prompt lie in a range of its tokens."""
-        return [number for number, (start, stop) in enumerate(self._prompt.spans) if begin <= start and stop <= end]
+        return list(spans_within(self._prompt.spans, begin, end))
 
     def read_chunk(self, features: Callable[[int], mx.array], most: int | None = None) -> int:
         """Read some more of the prompt; `logits` are there when it was the last of it.
@@ -200,9 +200,8 @@ class Timeline:
         """
         begin, end = self.next_chunk(most)
         prompt = self._prompt
-        inside = self.pictures(begin, end)
-        pictures = [features(number) for number in inside]
-        spans = [(start - begin, stop - begin) for start, stop in (prompt.spans[number] for number in inside)]
+        inside = spans_within(prompt.spans, begin, end)
+        pictures, spans = [features(number) for number in inside], list(inside.values())
         logits = read_chunk(self.runner, prompt.ids[begin:end], self.caches, pictures, spans, last=end == len(prompt))
         self.tokens, self.logits = prompt.head(end), logits
         if logits is not None:
