@@ -2,7 +2,7 @@
 
 import PackageDescription
 
-// PYTHONKIT: a folder named PythonKit with its source, for a machine that does not reach GitHub
+// PYTHONKIT: a folder with its source, for a machine that does not reach GitHub
 let pythonKit: Package.Dependency =
     if let folder = Context.environment["PYTHONKIT"] {
         .package(name: "PythonKit", path: folder)

@@ -52,6 +52,7 @@ public final class Gemma3Engine: Sendable {
     /// Load a model: alias, folder, `owner/name` on the Hub, or .gguf file.
     public init(_ model: String, textOnly: Bool = false) async throws {
         engine = PythonBox {
+            try startPython()
             let arguments: [Argument] = [
                 (key: "", value: model),
                 (key: "text_only", value: textOnly),

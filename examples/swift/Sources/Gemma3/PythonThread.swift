@@ -57,6 +57,22 @@ final class PythonThread: @unchecked Sendable {
     }
 }
 
+/// Start Python where it has not begun. It takes Ctrl-C for itself then; the application gets that back. In the Python
+/// thread only.
+func startPython() throws {
+    do {
+        try PythonLibrary.loadLibrary()
+    } catch {
+        throw Gemma3Error(
+            code: "error",
+            message: "Python: got no library, want libpython3; set PYTHON_LIBRARY to its path before the first model is loaded")
+    }
+    var interrupt = sigaction()
+    sigaction(SIGINT, nil, &interrupt)
+    _ = Python.None
+    sigaction(SIGINT, &interrupt, nil)
+}
+
 /// A Python object that other threads may hold, but not look into: it is made, used and freed in the Python thread.
 final class PythonBox: @unchecked Sendable {
     private final class Slot {

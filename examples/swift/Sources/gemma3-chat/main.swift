@@ -17,7 +17,7 @@ final class Interrupt: @unchecked Sendable {
 
     /// `quit` is done where no answer is in work.
     init(quit: @escaping @Sendable () -> Void) {
-        signal(SIGINT, SIG_IGN)  // before Python starts, which else takes it for itself
+        signal(SIGINT, SIG_IGN)  // the source below hears of it all the same
         source = DispatchSource.makeSignalSource(signal: SIGINT, queue: .global())
         source.setEventHandler { [unowned self] in
             if let answer = lock.withLock({ self.answer }) { answer.cancel() } else { quit() }

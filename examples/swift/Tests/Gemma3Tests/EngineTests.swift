@@ -163,6 +163,14 @@ final class EngineTests: XCTestCase {
         try await engine.close()  // again is nothing
     }
 
+    func testCtrlCStaysTheApplications() async throws {
+        try await withDemo { _ in
+            let handler = signal(SIGINT, SIG_DFL)
+            signal(SIGINT, handler)
+            XCTAssertTrue([0, 1].contains(unsafeBitCast(handler, to: Int.self)))  // SIG_DFL or SIG_IGN, not Python's
+        }
+    }
+
     func testCancellingTheTaskEndsALoad() async throws {
         let loading = Task { try await Gemma3Engine("demo") }
         loading.cancel()
