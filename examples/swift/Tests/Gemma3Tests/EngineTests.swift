@@ -90,6 +90,31 @@ final class EngineTests: XCTestCase {
         }
     }
 
+    func testEightAtOnceWithHalfOfThemCancelled() async throws {
+        try await withDemo { engine in
+            let shapes = try picture("shapes")
+            for round in 0..<25 {
+                let texts = try await withThrowingTaskGroup(of: String?.self) { group in
+                    for number in 0..<8 {
+                        let reader = Task {
+                            try await Whole(
+                                engine.answer("How many circles are there?", pictures: [shapes], options: .greedy))
+                        }
+                        group.addTask {
+                            if number % 2 == 1 { return try await reader.value.text }
+                            try await Task.sleep(nanoseconds: UInt64(round * 2_000_000))  // 0 to 48 ms
+                            reader.cancel()
+                            _ = try await reader.value
+                            return nil
+                        }
+                    }
+                    return try await group.reduce(into: []) { $0 += [$1] }.compactMap { $0 }
+                }
+                XCTAssertEqual(texts, ["3", "3", "3", "3"])
+            }
+        }
+    }
+
     func testErrorsHaveTheCodesOfThePackage() async throws {
         let missing = await code { _ = try await Gemma3Engine("no-such-model-anywhere") }
         XCTAssertEqual(missing, "not_found")
