@@ -1,7 +1,7 @@
 # What CI runs: make check test bench docs. The environment is made once, by the first target that needs it.
 PYTHON ?= .venv/bin/python
 
-.PHONY: check test test-slow bench docs goldens demo-accuracy
+.PHONY: check test test-slow swift-test bench docs goldens demo-accuracy
 
 $(PYTHON):
 	python3 -m venv .venv
@@ -18,6 +18,11 @@ test: $(PYTHON)
 
 test-slow: $(PYTHON)
 	$(PYTHON) -m pytest -m slow
+
+# A Linux without swift gets one in a folder of its own (root and debootstrap needed): docs/swift.md
+swift-test:
+	@if command -v swift > /dev/null; then $(MAKE) $(PYTHON) && examples/swift/run $(PYTHON) test; \
+	else examples/swift/linux test; fi
 
 bench: $(PYTHON)
 	$(PYTHON) bench/start.py

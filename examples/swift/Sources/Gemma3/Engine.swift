@@ -7,6 +7,11 @@ public struct Gemma3Options: Sendable {
     public var temperature: Double?
     public var topK: Int?
     public var topP: Double?
+    public var minP: Double?
+    public var repetitionPenalty: Double?
+    public var presencePenalty: Double?
+    public var frequencyPenalty: Double?
+    public var logitBias: [Int: Double] = [:]  // token id to what is added to its logit, -100 to 100
     public var seed: Int?
     public var stop: [String] = []
     public var panAndScan = false
@@ -19,11 +24,14 @@ public struct Gemma3Options: Sendable {
             (key: "max_tokens", value: maxTokens),
             (key: "stop", value: stop),
             (key: "pan_and_scan", value: panAndScan),
+            (key: "logit_bias", value: logitBias),
         ]
-        if let temperature { found.append((key: "temperature", value: temperature)) }
-        if let topK { found.append((key: "top_k", value: topK)) }
-        if let topP { found.append((key: "top_p", value: topP)) }
-        if let seed { found.append((key: "seed", value: seed)) }
+        let numbers: [(String, PythonConvertible?)] = [
+            ("temperature", temperature), ("top_k", topK), ("top_p", topP), ("min_p", minP),
+            ("repetition_penalty", repetitionPenalty), ("presence_penalty", presencePenalty),
+            ("frequency_penalty", frequencyPenalty), ("seed", seed),
+        ]
+        for case (let key, let value?) in numbers { found.append((key: key, value: value)) }
         return found
     }
 }
@@ -43,14 +51,15 @@ public final class Gemma3Engine: Sendable {
 
     /// Load a model: alias, folder, `owner/name` on the Hub, or .gguf file.
     public init(_ model: String, textOnly: Bool = false) async throws {
-        engine = try await PythonThread.shared.run {
+        engine = PythonBox {
+            try startPython()
             let arguments: [Argument] = [
                 (key: "", value: model),
                 (key: "text_only", value: textOnly),
                 (key: "quiet", value: true),
                 (key: "wait", value: false),
             ]
-            return PythonBox(try call(Python.attemptImport("mlx_gemma3"), "load", arguments))
+            return try call(Python.attemptImport("mlx_gemma3"), "load", arguments)
         }
         let loading = engine
         do {
@@ -58,102 +67,127 @@ public final class Gemma3Engine: Sendable {
             while !ready {
                 try Task.checkCancellation()
                 ready = try await PythonThread.shared.run {
-                    let found = try call(loading.object, "wait_until_loaded", [(key: "", value: pollSeconds)])
+                    let found = try call(loading.object(), "wait_until_loaded", [(key: "", value: pollSeconds)])
                     return Bool(found) ?? false
                 }
             }
         } catch {
-            try? await close()
+            try? await close()  // of a load that did not begin there is nothing to close
             throw error
         }
     }
 
     /// Answer a prompt. Pictures are the bytes of picture files and stand before the words.
     public func answer(_ prompt: String, pictures: [Data] = [], options: Gemma3Options = .init()) -> Gemma3Answer {
-        startAnswer(of: engine, "stream", prompt, pictures, options)
+        startAnswer(of: engine, "stream", prompt, pictures, options).answer
     }
 
     /// A conversation that keeps what it has read; `resume` is a file from `Gemma3Session.save`.
     public func session(system: String? = nil, resume: URL? = nil) async throws -> Gemma3Session {
         let engine = self.engine
-        let session = try await PythonThread.shared.run {
+        let session = PythonBox {
             let arguments: [Argument] = [(key: "system", value: system), (key: "resume", value: resume?.path)]
-            return PythonBox(try call(engine.object, "session", arguments))
+            return try call(engine.object(), "session", arguments)
         }
+        try await PythonThread.shared.run { _ = try session.object() }
         return Gemma3Session(session)
     }
 
     /// Cancel what is in work and free the model.
     public func close() async throws {
         let engine = self.engine
-        try await PythonThread.shared.run { _ = try call(engine.object, "close") }
+        try await PythonThread.shared.run { _ = try call(engine.object(), "close") }
     }
 }
 
 /// A conversation. Turns are answered in the order in which they were sent.
-public final class Gemma3Session: Sendable {
+public final class Gemma3Session: @unchecked Sendable {
     private let session: PythonBox
+    private let lock = NSLock()
+    private var lastTurn: Task<Void, Never>?  // under the lock; ends with the turn that was sent last
 
     init(_ session: PythonBox) { self.session = session }
 
     public func send(_ words: String, pictures: [Data] = [], options: Gemma3Options = .init()) -> Gemma3Answer {
-        startAnswer(of: session, "send", words, pictures, options)
+        lock.withLock {
+            let (answer, turn) = startAnswer(of: session, "send", words, pictures, options)
+            lastTurn = turn
+            return answer
+        }
     }
 
     /// Forget the last turn and its answer.
-    public func undo() async throws {
-        let session = self.session
-        try await PythonThread.shared.run { _ = try call(session.object, "undo") }
-    }
+    public func undo() async throws { try await afterTurns("undo") }
 
-    public func save(to file: URL) async throws {
+    public func save(to file: URL) async throws { try await afterTurns("save", [file.path]) }
+
+    /// Python too would wait for the turns in work, and hold up the thread in which they are polled and cancelled.
+    private func afterTurns(_ method: String, _ values: [String] = []) async throws {
         let session = self.session
-        try await PythonThread.shared.run { _ = try call(session.object, "save", [(key: "", value: file.path)]) }
+        await lock.withLock { lastTurn }?.value
+        try await PythonThread.shared.run {
+            _ = try call(session.object(), method, values.map { (key: "", value: $0) })
+        }
     }
 }
 
 /// How long a poll waits. Only while it does can the engine's thread run; a cancel takes effect after it.
 private let pollSeconds = 0.05
 
-/// Poll a Python stream until it ends. Cancelling the task that reads cancels the answer.
-private func startAnswer(
-    of owner: PythonBox, _ method: String, _ words: String, _ pictures: [Data], _ options: Gemma3Options
-) -> Gemma3Answer {
-    Gemma3Answer { continuation in
-        let task = Task {
-            do {
-                let answer = try await PythonThread.shared.run {
-                    var arguments = options.arguments
-                    arguments.append((key: "", value: words))
-                    arguments.append((key: "images", value: pictures.map { PythonBytes($0) }))
-                    return PythonBox(try call(owner.object, method, arguments))
-                }
-                var ended = false
-                while !ended {
-                    let stop = Task.isCancelled
-                    let events = try await PythonThread.shared.run {
-                        if stop { try call(answer.object, "cancel") }
-                        return try nextEvents(of: answer.object)
-                    }
-                    for event in events {
-                        continuation.yield(event)
-                        if case .done = event { ended = true }
-                    }
-                }
-                continuation.finish()
-            } catch {
-                continuation.finish(throwing: error)
-            }
-        }
-        continuation.onTermination = { _ in task.cancel() }
-    }
+/// How many answers share the Python thread; together they wait `pollSeconds`.
+private let polled = Count()
+
+private final class Count: @unchecked Sendable {
+    private let lock = NSLock()
+    private var count = 0
+
+    var value: Int { lock.withLock { count } }
+
+    func add(_ number: Int) { lock.withLock { count += number } }
 }
 
-/// The events of a Python stream that come in time: several streams may share the thread. In the Python thread only.
+/// Ask for an answer, and poll its Python stream until it ends. Cancelling the task that reads cancels the answer.
+private func startAnswer(
+    of owner: PythonBox, _ method: String, _ words: String, _ pictures: [Data], _ options: Gemma3Options
+) -> (answer: Gemma3Answer, polling: Task<Void, Never>) {
+    let stream = PythonBox {
+        var arguments = options.arguments
+        arguments.append((key: "", value: words))
+        arguments.append((key: "images", value: pictures.map { PythonBytes($0) }))
+        return try call(owner.object(), method, arguments)
+    }
+    let (answer, continuation) = Gemma3Answer.makeStream()
+    polled.add(1)
+    let polling = Task {
+        defer { polled.add(-1) }
+        do {
+            var ended = false
+            while !ended {
+                let stop = Task.isCancelled
+                let events = try await PythonThread.shared.run {
+                    if stop { try call(stream.object(), "cancel") }
+                    return try nextEvents(of: stream.object())
+                }
+                for event in events {
+                    continuation.yield(event)
+                    if case .done = event { ended = true }
+                }
+            }
+            continuation.finish()
+        } catch {
+            continuation.finish(throwing: error)
+        }
+    }
+    continuation.onTermination = { _ in polling.cancel() }
+    return (answer, polling)
+}
+
+/// The events of a Python stream that come in time. In the Python thread only.
 private func nextEvents(of stream: PythonObject) throws -> [Gemma3Event] {
     var events: [Gemma3Event] = []
+    let wait = pollSeconds / Double(max(polled.value, 1))
     do {
-        while let event = try nextEvent(of: stream, within: events.isEmpty ? pollSeconds : 0) {
+        while let event = try nextEvent(of: stream, within: events.isEmpty ? wait : 0) {
             events.append(event)
             if case .done = event { break }
         }

@@ -48,24 +48,47 @@ final class PythonThread: @unchecked Sendable {
             while jobs.isEmpty { condition.wait() }
             let job = jobs.removeFirst()
             condition.unlock()
-            autoreleasepool { job() }
+            #if canImport(ObjectiveC)
+                autoreleasepool { job() }
+            #else
+                job()
+            #endif
         }
     }
 }
 
-/// A Python object that other threads may hold, but not look into: it is used and freed in the Python thread.
+/// Start Python where it has not begun. It takes Ctrl-C for itself then; the application gets that back. In the Python
+/// thread only.
+func startPython() throws {
+    do {
+        try PythonLibrary.loadLibrary()
+    } catch {
+        throw Gemma3Error(
+            code: "error",
+            message: "Python: got no library, want libpython3; set PYTHON_LIBRARY to its path before the first model is loaded")
+    }
+    var interrupt = sigaction()
+    sigaction(SIGINT, nil, &interrupt)
+    _ = Python.None
+    sigaction(SIGINT, &interrupt, nil)
+}
+
+/// A Python object that other threads may hold, but not look into: it is made, used and freed in the Python thread.
 final class PythonBox: @unchecked Sendable {
     private final class Slot {
-        var object: PythonObject?
-        init(_ object: PythonObject) { self.object = object }
+        var object: Result<PythonObject, Error>?
     }
 
-    private let slot: Slot
+    private let slot = Slot()
 
-    init(_ object: PythonObject) { slot = Slot(object) }
+    /// `make` runs in the Python thread, before all that is asked of that thread from now on.
+    init(_ make: @escaping @Sendable () throws -> PythonObject) {
+        let slot = self.slot
+        PythonThread.shared.add { slot.object = Result(catching: make) }
+    }
 
-    /// In the Python thread only.
-    var object: PythonObject { slot.object! }
+    /// In the Python thread only. Throws what making it threw.
+    func object() throws -> PythonObject { try slot.object!.get() }
 
     deinit {
         let slot = self.slot
