@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def test_imports_go_downwards_and_never_in_a_circle() -> None:
             up = RANKS[room[target]] >= RANKS[room[name]] and room[target] != room[name]
             assert not up, f"{name} imports {target}"
     list(TopologicalSorter({name: targets - {name} for name, targets in graph.items()}).static_order())
+
+
+def test_every_room_is_installed() -> None:
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(installed) == rooms | {"mlx_gemma3.convert"}
 
 
 def test_prompt_knows_nothing_of_mlx_and_generation_nothing_of_text() -> None:
