@@ -101,6 +101,7 @@ class Graph:
     arrays: dict[str, Spec] = field(default_factory=dict)
     constants: set[str] = field(default_factory=set)  # what was there before: weights, caches, numbers
     makers: dict[str, Node] = field(default_factory=dict)  # by output
+    outputs: tuple[str, ...] = ()  # as they were asked for
 
     @property
     def dispatches(self) -> list[Node]:
@@ -170,6 +171,8 @@ class Trace:
                     graph.constants.add(name)
                     if array.dtype == mx.uint16 and not array.shape:
                         markers[name] = self._value(array)
+            elif kind == "outputs":
+                graph.outputs = tuple(name for name, *_ in message["outputs"])
             elif kind == "primitive":
                 graph.nodes.append(_node(message, graph, markers, self.calls))
 

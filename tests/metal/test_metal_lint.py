@@ -213,7 +213,7 @@ def test_pictures() -> None:
         gelus=vision.num_hidden_layers,
         wide=pooling(runner.config),
     )
-    assert check(graph, tower, TABLE) == []
+    assert not (faults := check(graph, tower, TABLE)), "\n".join(faults)
     assert not [node for node in graph.nodes if node.name == "Pad"]
 
 
