@@ -118,8 +118,11 @@ def events(graph: Graph, *, caches: int) -> list[Event]:
                 continue
             made.append((next(numbers), size))
             buffers[name] = made[-1][0]
-            if node.name == "Concatenate" and inputs[0] in graph.constants and last.get(name, at) > at and _kept(
-                graph, name, caches
+            if (
+                node.name == "Concatenate"
+                and inputs[0] in graph.constants
+                and last.get(name, at) > at
+                and _kept(graph, name, caches)
             ):
                 left.append(graph.arrays[inputs[0]].nbytes)
         done += [buffers.pop(one) for one in inputs if last[one] == at and one in buffers]

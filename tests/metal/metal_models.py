@@ -5,7 +5,6 @@ Made inside a Trace (metal_trace.py).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,19 +13,14 @@ import pytest
 from metal_trace import Spec, without_storage
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_gemma3.checkpoint.published import SIZES
 from mlx_gemma3.config import Config
 from mlx_gemma3.model.cache import Caches, GlobalCache
+from mlx_gemma3.model.fused import Kernels, gpu_kernels
 from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.runner import Runner, on_device
+from mlx_gemma3.model.vision import TowerKernels
 
 LARGE = 1 << 20  # bytes of an array that is made of weights: more than a norm has
-
-
-def shortened(size: str, layers: int) -> Config:
-    """A published size with fewer layers; the sixth is global."""
-    config = SIZES[size]
-    return replace(config, text=replace(config.text, num_hidden_layers=layers))
 
 
 def empty_model(config: Config, *, bits: int | None = 4, dtype: mx.Dtype = mx.bfloat16) -> Gemma3:
@@ -52,8 +46,12 @@ def empty_model(config: Config, *, bits: int | None = 4, dtype: mx.Dtype = mx.bf
     return model
 
 
-def gpu_runner(model: Gemma3) -> Runner:
-    """What `on_device` makes on a Mac; matrices that it joins take no memory either."""
+def gpu_runner(model: Gemma3, kernels: Kernels | None = None, tower: TowerKernels | None = None) -> Runner:
+    """What `on_device` makes on a Mac; matrices that are joined take no memory either.
+
+    Args:
+        kernels, tower: others than those of `on_device`.
+    """
     concatenate = mx.concatenate
 
     def joined(parts: list[mx.array], axis: int = 0) -> mx.array:
@@ -66,7 +64,9 @@ def gpu_runner(model: Gemma3) -> Runner:
 
     with on_gpu() as patch:
         patch.setattr(mx, "concatenate", joined)
-        return on_device(model)
+        if kernels is None and tower is None:
+            return on_device(model)
+        return Runner(model, kernels or gpu_kernels(), tower or TowerKernels())
 
 
 class on_gpu:  # noqa: N801  a context

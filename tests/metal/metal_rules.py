@@ -16,16 +16,18 @@
 
 Only partly checked, and why:
 
-- 1: a graph as exported does not say on which stream an operation runs. `mx.load` must not be given one; linear algebra,
-  which has no GPU form, must not occur at all.
-- 2: strides are known once an array is computed, and here nothing is: what is checked is the way by which a view came to
-  be (turned, or cut on its last axis). A weight that comes out of a file transposed would not be seen.
-- 3: `attention_path` is MLX's rule, transcribed from scaled_dot_product_attention.cpp (commit 846d176) and, for what
-  0.32.4 changed after it (#3842, #4416), from the pull requests: MLX has no function that says which path it takes.
-- 6: compiled functions are seen as `mx.compile` fuses them on this machine, by the same code as on a Mac; the 31 buffers
-  are counted as inputs, outputs and three for shapes and strides, which is an upper bound but for arrays without order.
-- 7: which buffers are still in flight depends on the times of a GPU. Counted are 40 operations or 40 Mi entries a buffer
-  (50 and 50 on Max and Ultra), by CommandEncoder::needs_commit; one operation is taken as one dispatch.
+- 1: a graph as exported does not say on which stream an operation runs. `mx.load` must not be given one; linear
+  algebra, which has no GPU form, must not occur at all.
+- 2: strides are known once an array is computed, and here nothing is: what is checked is the way by which a view came
+  to be (turned, or cut on its last axis). A weight that comes out of a file transposed would not be seen.
+- 3: MLX has no function that says which path attention takes. `attention_path` is its rule, transcribed from
+  scaled_dot_product_attention.cpp (commit 846d176); that 0.32.4 fuses heads of 256 for more masks (#3842, #4416) was
+  found in its library, whose source was not at hand.
+- 5: what a compiled kernel holds in float32 inside is no array, and not counted.
+- 6: compiled functions are seen as `mx.compile` fuses them on this machine, by the same code as on a Mac. The buffers
+  are counted as inputs, outputs and three for shapes and strides; inputs of irregular strides would need one more each.
+- 7: which buffers are still in flight depends on the times of a GPU. Counted are 40 operations or 40 Mi entries a
+  buffer (50 and 50 on Max and Ultra), by CommandEncoder::needs_commit; one operation is taken as one dispatch.
 - 9: numpy functions other than asarray, array and ascontiguousarray read through the buffer protocol and are not seen.
 """
 
@@ -88,6 +90,14 @@ class Table:
                 stem, _, endings = line.partition(": ")
                 names |= {f"{stem} {ending}" for ending in endings.split()}
         return cls(numbers(version), frozenset(names))
+
+
+def outdated(table: Table, installed: str) -> str | None:
+    """One sentence where the table is older than MLX."""
+    if table.version >= numbers(installed):
+        return None
+    had = ".".join(map(str, table.version))
+    return f"tests/metal/kernels.txt is of MLX {had}, and {installed} is installed: run bench/metal_table.py"
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -340,4 +350,6 @@ def too_many_dispatches(kernels: Counter[str], *, layers: int, sequences: int, o
     """
     most = (DISPATCHES + DISPATCHES_MORE * (sequences - 1)) * layers + outside
     got = sum(kernels.values())
-    return None if got <= most else f"rule 6: {got} dispatches a step, not {most} ({(got - outside) / layers:.1f} a layer)"
+    return (
+        None if got <= most else f"rule 6: {got} dispatches a step, not {most} ({(got - outside) / layers:.1f} a layer)"
+    )

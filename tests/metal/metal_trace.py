@@ -177,7 +177,13 @@ class Trace:
                 graph.nodes.append(_node(message, graph, markers, self.calls))
 
         with self._allowed():
-            mx.export_function(take, lambda: arrays)
+            try:
+                mx.export_function(take, lambda: arrays)
+            except ValueError as error:  # "Unable to get state for primitive …"
+                raise AssertionError(
+                    f"{error}: what is compiled must be compiled inside the Trace (by `on_device`, not by an import), "
+                    "and what MLX cannot show must be recorded as a call (metal_trace.py: ARGUMENTS)"
+                ) from error
         graph.makers = {name: node for node in graph.nodes for name in node.outputs}
         return graph
 

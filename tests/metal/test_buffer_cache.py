@@ -10,10 +10,11 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 from buffer_cache import PAGE, Allocator, Event, events, replay
-from metal_models import SIZES, empty_model, gpu_runner, weight_bytes
+from metal_models import empty_model, gpu_runner, weight_bytes
 from metal_trace import Spec, Trace, without_storage
 
 from mlx_gemma3.checkpoint.memory import other_mac
+from mlx_gemma3.checkpoint.published import SIZES
 from mlx_gemma3.model.cache import Caches
 
 PROMPT, ANSWER, CLEARED = 16_384, 2_000, 256  # tokens
