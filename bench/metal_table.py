@@ -1,9 +1,10 @@
 """Writes tests/metal/kernels.txt: which of the kernels that this package needs MLX ships for macOS.
 
-    python bench/metal_table.py [--wheel FILE]
+    python bench/metal_table.py [--wheel FILE] [--check]
 
 Downloads the newest macOS wheel of mlx-metal with pip, reads the names of all kernels out of `mlx.metallib`, and keeps
-those of packed matrices, attention, norms, RoPE and sorting, for the types of activations that we compute in.
+those of packed matrices, attention, norms, RoPE and sorting, for the types of activations that we compute in. With
+--check it writes nothing, prints what has changed, and fails where kernels are gone.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ OTHERS = (  # what it is called in the table, and what follows its type
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel", type=Path, help="a wheel that is here already")
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         wheel = options.wheel or download(Path(folder))
         table = tabulated(kernel_names(wheel))
     version = wheel.name.split("-")[1]
+    if options.check:
+        sys.exit(compared(TABLE.read_text(encoding="utf-8").splitlines(), table, version))
     head = [
         f"# mlx-metal {version}",
         f"# Kernels of the wheel for {PLATFORM}, written by bench/metal_table.py; do not edit.",
@@ -48,6 +52,21 @@ def main() -> None:
     ]
     TABLE.write_text("\n".join([*head, *table]) + "\n", encoding="utf-8")
     print(f"{TABLE}: {len(table)} lines, mlx-metal {version}")
+
+
+def compared(old: list[str], new: list[str], version: str) -> int:
+    """Print kernels that came and went; 1 where some went, else 0."""
+    before, after = (
+        {
+            f"{stem} {ending}"
+            for stem, _, endings in (line.partition(": ") for line in lines)
+            for ending in endings.split()
+        }
+        for lines in ([line for line in old if not line.startswith("#")], new)
+    )
+    for what, names in (("gone", before - after), ("new", after - before)):
+        print(f"mlx-metal {version}: {len(names)} {what}", *sorted(names, key=natural), sep="\n  ")
+    return 1 if before - after else 0
 
 
 def download(folder: Path) -> Path:

@@ -30,7 +30,6 @@ class Allocator:
     active: int = 0
     dead: int = 0
     most_dead: int = 0
-    peak: int = 0
     _sizes: list[int] = field(default_factory=list)  # of the dead, smallest first
     _order: deque[int] = field(default_factory=deque)  # the same, the one freed last first
 
@@ -48,7 +47,6 @@ class Allocator:
         elif (need := self.active + self.dead + size) >= self.ceiling:
             self._release(need - self.ceiling)
         self.active += size
-        self.peak = max(self.peak, self.active + self.dead)
         if self.dead > self.limit:
             self._release(self.dead - self.limit)
         return size

@@ -34,7 +34,7 @@ from mlx.utils import tree_flatten, tree_map
 # What no kernel stands behind: other views of the same numbers.
 VIEWS = {
     *("Transpose", "ExpandDims", "Squeeze", "Reshape", "Flatten", "Unflatten"),
-    *("Broadcast", "BroadcastAxes", "Split", "Slice", "Full", "Stop Gradient"),
+    *("Broadcast", "BroadcastAxes", "Split", "Slice", "Full", "StopGradient"),
 }
 ARGUMENTS = {
     "rms_norm": ("x", "weight", "eps"),
@@ -169,8 +169,8 @@ class Trace:
                 for name, array in message["constants"]:
                     graph.arrays[name] = Spec(tuple(array.shape), array.dtype)
                     graph.constants.add(name)
-                    if array.dtype == mx.uint16 and not array.shape:
-                        markers[name] = self._value(array)
+                    if array.dtype == mx.uint32 and not array.shape:
+                        markers[name] = int(array.item())
             elif kind == "outputs":
                 graph.outputs = tuple(name for name, *_ in message["outputs"])
             elif kind == "primitive":
@@ -199,9 +199,6 @@ class Trace:
         finally:
             self._lazy = lazy
 
-    def _value(self, array: mx.array) -> int:
-        return int(array.item())
-
     def _recorded(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*positional: Any, **named: Any) -> Any:
             values = dict(zip(ARGUMENTS[name], positional, strict=False)) | named
@@ -214,7 +211,7 @@ class Trace:
         whole = [result] if isinstance(result, mx.array) else list(result)
         specs = tuple(Spec(tuple(array.shape), array.dtype) for array in whole)
         shown = tree_map(lambda x: Spec(tuple(x.shape), x.dtype) if isinstance(x, mx.array) else x, values)
-        number = mx.array(len(self.calls), dtype=mx.uint16)
+        number = mx.array(len(self.calls), dtype=mx.uint32)
         self.calls.append(Call(name, shown, specs))
         inputs = [array for _, array in tree_flatten(list(values.values())) if isinstance(array, mx.array)]
         out = mx.depends([without_storage(spec) for spec in specs], [number, *inputs])

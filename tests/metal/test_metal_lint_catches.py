@@ -303,6 +303,19 @@ def test_the_table_is_made_of_the_names_in_a_library(tmp_path: Path) -> None:
     ]
 
 
+def test_kernels_that_came_and_went_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    old = ["# mlx-metal 0.32.4", "rms: bfloat16 float32", "steel_attention bfloat16: 64 72"]
+    assert metal_table.compared(old, [old[1], "steel_attention bfloat16: 72 80"], "1.0") == 1
+    out = capsys.readouterr().out.split("\n")
+    assert out[:4] == [
+        "mlx-metal 1.0: 1 gone",
+        "  steel_attention bfloat16 64",
+        "mlx-metal 1.0: 1 new",
+        "  steel_attention bfloat16 80",
+    ]
+    assert metal_table.compared(old, old[1:], "1.0") == 0
+
+
 def test_weights_without_storage_take_none() -> None:
     before = mx.get_active_memory()
     with Trace():
