@@ -16,6 +16,7 @@ from endless import endless
 
 import mlx_gemma3 as g3
 from mlx_gemma3.errors import BusyError, Gemma3Error, OptionError
+from mlx_gemma3.generation import prefill
 from mlx_gemma3.model.cache import Caches
 from mlx_gemma3.model.runner import Runner
 from mlx_gemma3.runtime import scheduler as scheduling
@@ -118,6 +119,52 @@ def test_a_long_prompt_is_read_between_the_tokens_of_the_others(
     assert len(steps.rows) > 10  # the first one wrote on meanwhile
     first.cancel()
     assert first.reply.finish_reason == "cancelled"
+
+
+def test_a_lone_prompt_is_built_ahead_and_its_errors_are_its_own(
+    base: g3.Engine, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the next chunk's graph is built while one is computed. Its errors are nobody else's."""
+    monkeypatch.setattr(timeline, "usual_chunk", lambda *_: 16)
+    prompt = "the model of a question " * 30
+    wanted = base.generate("no prompt like it: " + prompt, max_tokens=5, logprobs=1, **GREEDY)
+    base._thread.call(lambda scheduler: scheduler.pool.timelines.clear())
+    monkeypatch.setattr(base._thread._scheduler.runner, "ahead", True)
+    order: list[str] = []
+    read, settle = Runner.read, prefill.settle
+
+    def reading(*given: Any, **named: Any) -> mx.array:
+        order.append("built")
+        time.sleep(0.02)
+        return read(*given, **named)
+
+    def settling(caches: Caches) -> None:
+        if caches.unsettled is not None:
+            order.append("waited")
+        settle(caches)
+
+    monkeypatch.setattr(Runner, "read", reading)
+    monkeypatch.setattr(prefill, "settle", settling)
+    monkeypatch.setattr(timeline, "settle", settling)
+    reply = base.generate("no prompt like it: " + prompt, max_tokens=5, logprobs=1, **GREEDY)
+    assert reply.logprobs == wanted.logprobs and reply.usage["cached_tokens"] == 0
+    assert order[:4] == ["built", "built", "waited", "built"] and order.count("built") == order.count("waited") > 10
+    assert order[-2:] == ["waited", "waited"]  # the last chunk waits for itself
+
+    def failing(caches: Caches) -> None:
+        if caches.unsettled is not None and len(order) > 3:
+            caches.unsettled = None
+            raise RuntimeError("the device is on fire")
+        settle(caches)
+
+    order.clear()
+    monkeypatch.setattr(timeline, "settle", failing)  # what is waited for when another comes
+    long = base.stream("another prompt: " + prompt, max_tokens=5, **GREEDY)
+    while len(order) < 5:
+        assert long.next(timeout=0.01)["kind"] == "pending"
+    assert len(base.generate("the", max_tokens=4, **GREEDY).tokens) == 4
+    with pytest.raises(Gemma3Error, match="on fire"):
+        list(long)
 
 
 def test_an_error_of_mlx_ends_the_step_and_the_engine_lives(chat: g3.Engine, steps: Steps) -> None:
