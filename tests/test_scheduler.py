@@ -15,7 +15,7 @@ import pytest
 from endless import endless
 
 import mlx_gemma3 as g3
-from mlx_gemma3.errors import BusyError, Gemma3Error, OptionError
+from mlx_gemma3.errors import BusyError, Gemma3Error, OptionError, PromptError
 from mlx_gemma3.generation import prefill
 from mlx_gemma3.model.cache import Caches
 from mlx_gemma3.model.runner import Runner
@@ -258,6 +258,33 @@ def test_logprobs_are_of_the_model_before_its_settings(base: g3.Engine) -> None:
     assert base.generate("the model", max_tokens=2).logprobs is None
     bare = base.generate("the model", max_tokens=2, logprobs=0).logprobs
     assert bare is not None and all(one["top"] == [] for one in bare)
+
+
+def test_prompt_logprobs_and_token_ids(base: g3.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline, "usual_chunk", lambda *_: 64)
+    loaded = base._thread.loaded
+    ids = loaded.tokenizer.encode("the model of a question " * 25, bos=True)
+    assert len(ids) > 70
+    text = base.generate("the model of a question " * 25, max_tokens=3, **GREEDY)
+    reply = base.generate(ids, max_tokens=3, prompt_logprobs=2, **GREEDY)
+    assert reply.tokens == text.tokens and reply.usage["cached_tokens"] == 0
+    assert base.generate(ids, max_tokens=3, **GREEDY).usage["cached_tokens"] == len(ids)
+
+    logits = np.array(g3.load_model(loaded.checkpoint.path, dtype="float32")(mx.array([ids])))[0].astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    logprobs -= logits.max(-1, keepdims=True)
+    found = reply.prompt_logprobs
+    assert found is not None and found[0] is None and len(found) == len(ids)
+    for place, (token, one) in enumerate(zip(ids[1:], found[1:], strict=True)):
+        assert one is not None and one["token"] == token
+        assert one["logprob"] == pytest.approx(logprobs[place, token], abs=1e-3)
+        assert one["top"][0]["logprob"] == pytest.approx(logprobs[place].max(), abs=1e-3) and len(one["top"]) == 2
+    with pytest.raises(PromptError, match="vocabulary"):
+        base.generate([1 << 30])
+    with pytest.raises(PromptError, match="alone"):
+        base.generate(ids, images=[b"picture"])
+    with pytest.raises(OptionError, match="prompt_logprobs"):
+        base.generate(ids, prompt_logprobs=21)
 
 
 def test_penalties_and_biases_work_and_are_checked(base: g3.Engine) -> None:

@@ -254,6 +254,8 @@ class Scheduler:
         timeline: Timeline | None
         if job.conversation is not None:
             timeline = job.conversation.timeline
+        elif job.score is not None:
+            timeline = self.new_timeline()  # what was read already has no likelihoods
         else:
             timeline, reused = self.pool.best(tokens)
             for other in self.running:
@@ -346,7 +348,9 @@ class Scheduler:
                 return
             began, settled = perf_counter(), timeline.settled
             alone = not self._readers and not self._writers
-            count = timeline.read_chunk(lambda number: job.features(number, self.encode), most, ahead=alone)
+            count = timeline.read_chunk(
+                lambda number: job.features(number, self.encode), most, ahead=alone, score=job.score
+            )
             self.device_errors = 0
             if timeline.settled is settled:  # else it took the time of no chunk, or of two
                 self._read_rate = _smoothed(self._read_rate, count / max(perf_counter() - began, 1e-9))
@@ -412,7 +416,7 @@ class Scheduler:
 
     def _end(self, job: Job, reason: str) -> None:
         self._leave(job)
-        done = job.ends(reason, end_ids(self.loaded, job.request))
+        done = job.ends(reason, end_ids(self.loaded, job.request), self.loaded.tokenizer)
         if job.conversation is None and job.timeline is not None:
             self.pool.put(job.timeline)
         job.request.put(done)

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ..generation.choice import Score
 from ..generation.prefill import check_length, chunk_end, image_runs, read_chunk, settle, spans_within, usual_chunk
 from ..model.cache import Caches
 from ..model.runner import Runner
@@ -194,11 +195,19 @@ class Timeline:
         """Which pictures of the prompt lie in a range of its tokens."""
         return list(spans_within(self._prompt.spans, begin, end))
 
-    def read_chunk(self, features: Callable[[int], mx.array], most: int | None = None, *, ahead: bool = False) -> int:
+    def read_chunk(
+        self,
+        features: Callable[[int], mx.array],
+        most: int | None = None,
+        *,
+        ahead: bool = False,
+        score: Score | None = None,
+    ) -> int:
         """Read some more of the prompt; `logits` are there when it was the last of it.
 
         Args:
             features: (T, D) of the n-th picture of the prompt; asked only for those that are read.
+            score: takes the likelihood of each token that is read, but of the prompt's first.
             ahead: return before all of it is computed; `settle` waits.
 
         Returns:
@@ -209,7 +218,10 @@ class Timeline:
         inside = spans_within(prompt.spans, begin, end)
         pictures, spans = [features(number) for number in inside], list(inside.values())
         ids, last = prompt.ids[begin:end], end == len(prompt)
-        logits = read_chunk(self.runner, ids, self.caches, pictures, spans, last=last, ahead=ahead)
+        following = prompt.ids[begin + 1 : end + 1] if score is not None else ()
+        logits = read_chunk(
+            self.runner, ids, self.caches, pictures, spans, last=last, ahead=ahead, score=score, following=following
+        )
         self.tokens, self.logits = prompt.head(end), logits
         if logits is not None:
             self.caches.take_snapshot(logits, budget=self.snapshot_bytes)
