@@ -43,14 +43,19 @@ class Answer:
         marks = self._marks
         text = self._decoder.finish() + marks[token] if token in marks else self._decoder.push(token)
         piece = self._stopper.push(text)
-        self.ended = self._stopper.found
+        self.ended = self._stopper.found is not None
         return self._event(piece) if piece else None
 
     def finish(self) -> TextEvent | None:
         """The answer is over: what was held back."""
         rest = self._stopper.push(self._decoder.finish()) + self._stopper.finish()
-        self.ended = self.ended or self._stopper.found
+        self.ended = self.ended or self._stopper.found is not None
         return self._event(rest) if rest else None
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended it."""
+        return self._stopper.found
 
     def _event(self, text: str) -> TextEvent:
         self.text += text
@@ -83,7 +88,7 @@ def _marks(stop: Sequence[str], tokenizer: Tokenizer) -> dict[int, str]:
 class StopStrings:
     """Lets text through until one of some strings appears, wherever the borders between pieces fall.
 
-    `found` turns true when one did; what stood before it was let through, it and what follows are dropped.
+    `found` says which did; what stood before it was let through, it and what follows are dropped.
 
     Args:
         strings: what to look for.
@@ -91,8 +96,9 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str], names: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.strings = tuple(dict.fromkeys(both for one in strings for both in (one, _replaced(one, names))))
-        self.found = False
+        # as they may stand in the text → as they were given
+        self.strings = {both: one for one in reversed(strings) for both in (_replaced(one, names), one)}
+        self.found: str | None = None  # the string that appeared
         self._held = ""
         self._marks = str.maketrans(dict.fromkeys(names.values(), ""))
 
@@ -101,9 +107,9 @@ class StopStrings:
         if self.found or not self.strings:
             return "" if self.found else text
         self._held += text
-        places = [place for string in self.strings if (place := self._held.find(string)) >= 0]
+        places = {place: string for string in self.strings if (place := self._held.find(string)) >= 0}
         if places:
-            self.found = True
+            self.found = self.strings[places[min(places)]]
             out, self._held = self._held[: min(places)], ""
             return out.translate(self._marks)
         keep = max(_overlap(self._held, string) for string in self.strings)

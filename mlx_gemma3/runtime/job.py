@@ -151,6 +151,8 @@ class Job:
         if self.conversation is not None and timeline is not None:
             self.conversation.answered(ids, text, eos_ids)
         done = done_event(text, ids, reason, usage)
+        if answer is not None and answer.stop is not None:
+            done["stop"] = answer.stop
         if answer is not None and self.request.options.logprobs is not None:
             done["logprobs"] = answer.logprobs
         if self.score is not None and self.tokens is not None:
