@@ -16,6 +16,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, overload
 from ..boundary.arguments import takes
 from ..errors import OptionError
 from ..prompt import snapshot
+from ..prompt.tokenizer import Tokenizer
 from . import session_file
 from .conversation import Conversation
 from .loaded import About, EngineOptions
@@ -125,6 +126,16 @@ class Engine:
         """What was loaded. Waits for the model, never for an answer."""
         return self._thread.loaded.about
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's vocabulary; any thread may use it. Waits for the model."""
+        return self._thread.loaded.tokenizer
+
+    @property
+    def waiting(self) -> int:
+        """How many requests are in line now."""
+        return self._thread.waiting
+
     def count_tokens(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> int:
         """How many tokens the prompt of such a request has. Prepared in this thread, beside answers.
 
@@ -233,6 +244,10 @@ class Engine:
         if system is not None:
             raise OptionError("system", got="a text for a conversation that has begun", want="none")
         return Session(self, self._thread.call(lambda scheduler: session_file.read(resume, scheduler)))
+
+    def stop(self) -> None:
+        """As `close`, and wait for nothing."""
+        self._thread.stop()
 
     def close(self) -> None:
         """Cancel what is in work, end the thread, free the model. Any thread, any number of times.
