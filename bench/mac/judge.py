@@ -113,7 +113,7 @@ def run(name: str, check: Check, *, settings: Settings, seconds: float) -> Outco
         except subprocess.TimeoutExpired:
             return Outcome(name, FAILED, f"time: got no end, want one within {seconds:.0f} s", seconds=seconds)
         finally:
-            with contextlib.suppress(ProcessLookupError):  # what it started, too
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # what it started, too
                 os.killpg(process.pid, signal.SIGKILL)
     took = time.monotonic() - began
     last = said.strip().splitlines()[-1:]
