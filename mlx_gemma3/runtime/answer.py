@@ -36,7 +36,7 @@ class Answer:
         """Take a token; what can be shown of it now."""
         self.tokens.append(token)
         if likelihood is not None:
-            self.logprobs.append(self._logprob(token, likelihood))
+            self.logprobs.append(token_logprob(self._tokenizer, token, likelihood))
         if token in self._eos_ids:
             self.ended = True
             return None
@@ -60,13 +60,14 @@ class Answer:
         self._told = len(self.tokens)
         return event
 
-    def _logprob(self, token: int, likelihood: Likelihood) -> TokenLogprob:
-        top = [self._one(other, logprob) for other, logprob in likelihood.top]
-        one = self._one(token, likelihood.logprob)
-        return {"token": token, "text": one["text"], "logprob": one["logprob"], "top": top}
 
-    def _one(self, token: int, logprob: float) -> Logprob:
-        return {"token": token, "text": self._tokenizer.decode([token]), "logprob": logprob}
+def token_logprob(tokenizer: Tokenizer, token: int, likelihood: Likelihood) -> TokenLogprob:
+    """What is told of a token's likelihood."""
+
+    def one(token: int, logprob: float) -> Logprob:
+        return {"token": token, "text": tokenizer.decode([token]), "logprob": logprob}
+
+    return {**one(token, likelihood.logprob), "top": [one(*other) for other in likelihood.top]}
 
 
 def _marks(stop: Sequence[str], tokenizer: Tokenizer) -> dict[int, str]:

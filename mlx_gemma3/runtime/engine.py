@@ -143,7 +143,8 @@ class Engine:
 
         Args:
             prompt: a user's words, or messages as `{"role", "content"}` dicts. For a base checkpoint, or with
-                raw=True, a string is the text to complete; a picture's place in it is `<start_of_image>`.
+                raw=True, a string is the text to complete; a picture's place in it is `<start_of_image>`. A list of
+                token ids is completed as it is.
             images: paths, addresses (https, http, data, file), bytes of picture files, or PIL images, or one of them;
                 they stand before a string's words, or fill the picture items of the messages in order.
             options: the fields of `Options`; None is the default.
@@ -156,6 +157,25 @@ class Engine:
         request = Request(snapshot.said(prompt), snapshot.copied(snapshot.pictures(images)), Options.build(options))
         self._thread.submit(request)
         return Stream(request, self)
+
+    @takes(n="whole")
+    def streams(
+        self, prompt: str | Messages, *, n: int, images: Pictures = (), **options: Unpack[OptionValues]
+    ) -> list[Stream]:
+        """As `stream`, `n` answers to one prompt, which is read once.
+
+        With a seed the first has that one, the next one more, and so on.
+        """
+        if n < 1:
+            raise OptionError("n", got=n, want=">= 1")
+        settings = Options.build(options)
+        first = Request(snapshot.said(prompt), snapshot.copied(snapshot.pictures(images)), settings)
+        requests = [first]
+        for number in range(1, n):
+            seed = None if settings.seed is None else (settings.seed + number) % 2**64
+            requests.append(Request(first.prompt, first.images, replace(settings, seed=seed), like=first))
+        self._thread.submit(*requests)
+        return [Stream(request, self) for request in requests]
 
     def astream(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> AsyncStream:
         """As `stream`, for asyncio: `async for piece in engine.astream(…)`. Cancelling the task cancels the answer."""
@@ -176,8 +196,7 @@ class Engine:
         """As `stream`, and wait for the whole answer.
 
         Args:
-            n: so many answers, as a list; the prompt is read once. With a seed the first has that one, the next one
-                more, and so on.
+            n: so many answers, as a list; see `streams`.
 
         Raises:
             Gemma3Error: whatever went wrong.
@@ -185,16 +204,7 @@ class Engine:
         if n is None:
             with self.stream(prompt, images=images, **options) as stream:
                 return stream.reply
-        if n < 1:
-            raise OptionError("n", got=n, want=">= 1")
-        settings = Options.build(options)
-        first = Request(snapshot.said(prompt), snapshot.copied(snapshot.pictures(images)), settings)
-        requests = [first]
-        for number in range(1, n):
-            seed = None if settings.seed is None else (settings.seed + number) % 2**64
-            requests.append(Request(first.prompt, first.images, replace(settings, seed=seed), like=first))
-        self._thread.submit(*requests)
-        streams = [Stream(request, self) for request in requests]
+        streams = self.streams(prompt, n=n, images=images, **options)
         try:
             return [stream.reply for stream in streams]
         finally:

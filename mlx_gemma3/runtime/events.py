@@ -53,6 +53,7 @@ class DoneEvent(TypedDict):
     finish_reason: Literal["stop", "length", "cancelled"]
     usage: Usage
     logprobs: NotRequired[list[TokenLogprob]]  # when asked for
+    prompt_logprobs: NotRequired[list[TokenLogprob | None]]  # when asked for; of the first token there is none
 
 
 class ErrorEvent(TypedDict):

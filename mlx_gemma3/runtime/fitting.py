@@ -33,7 +33,7 @@ def check_memory(
     config = checkpoint.config
     usual = min(USUAL_CONTEXT, config.text.max_position_embeddings)
     caches = sum(cache_bytes(config, usual, kv_bits=kv_bits, local_kv_bits=local_kv_bits, dtype_bytes=dtype_bytes))
-    picture = vision_bytes(config, dtype_bytes=dtype_bytes)
+    picture = vision_bytes(config, dtype_bytes=dtype_bytes, fused=machine.metal)
     if 8 * _file_bytes(checkpoint) + caches + picture + GIB < machine.budget and max_context is None:
         return  # far from the border: 4 bits would have to become 32 to reach it
     weights = loaded_bytes(open_store(checkpoint).entries, dtype_bytes=dtype_bytes)
