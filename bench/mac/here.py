@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
 import subprocess
 import sys
 from functools import cache
@@ -27,11 +26,6 @@ def virtual() -> bool:
         return False
     done = subprocess.run(["sysctl", "-n", "kern.hv_vmm_present"], capture_output=True, text=True)
     return done.stdout.strip() == "1"
-
-
-def macos() -> tuple[int, ...]:
-    """(15, 3); () elsewhere."""
-    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
 
 
 def need_metal(why: str) -> None:
