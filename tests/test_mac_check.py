@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +193,32 @@ def test_wired_memory_is_looked_at_before_during_and_after(base: Path, monkeypat
 @pytest.fixture
 def base(text_folder: Path, tmp_path: Path) -> Path:
     return endless(text_folder, tmp_path / "endless")
+
+
+def test_too_many_kernels_a_step_fail_on_metal(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, outside = 8, 8
+    for name, value in (("REAL", str(base)), ("need_real", lambda: None), ("metal", lambda: True)):
+        monkeypatch.setattr(speed, name, value)
+    for more, want in ((0, OK), (1, FAILED)):
+        monkeypatch.setattr(speed, "drawn", lambda output, more=more: Counter(Matmul=17 * layers + outside + more))
+        assert attempt(speed.kernels, Report())[0] == want
+
+
+def test_kernels_are_counted_without_views() -> None:
+    rows = mx.zeros((4, 6))
+    assert speed.drawn((rows.T @ rows).reshape(-1) + 1) == {"Matmul": 1, "Add": 1}
+
+
+def test_a_slow_first_prompt_fails_on_metal(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    took = iter([3.0, 1.0, 1.0, 1.2, 1.0, 1.0, 3.0, 1.0, 1.0, 1.3, 1.0, 1.0])
+    for name, value in (("REAL", str(base)), ("need_real", lambda: None), ("metal", lambda: True)):
+        monkeypatch.setattr(speed, name, value)
+    monkeypatch.setattr(speed, "first_token", lambda engine, number: next(took))
+    report = Report()
+    assert attempt(speed.warm_up, report) == (OK, "")
+    assert report.lines[1] == "after warming up: 1200, 1000, 1000 ms"
+    status, why = attempt(speed.warm_up, Report())
+    assert (status, why) == (FAILED, "the first prompt after the second: got 0.3 s, want at most 0.25")
 
 
 def test_decoding_by_command_buffers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,9 +242,7 @@ def pictures(report: Report) -> None:
         given = accuracy.answers(engine, samples)
     for one, answer in zip(samples, given, strict=True):
         report.expect(answer == one.question.answer, one.question.text, got=answer, want=one.question.answer)
-    report.note(
-        f"{sum(one.question.answer == answer for one, answer in zip(samples, given, strict=True))} of {len(given)}"
-    )
+    report.note(f"{accuracy.share(samples, given):.0%} of {len(samples)} answers are right")
 
 
 def runner(source: str | Path, dtype: str) -> Runner:
