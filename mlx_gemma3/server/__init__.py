@@ -1,0 +1,1 @@
+"""The engine behind HTTP, and the page that talks to it."""
