@@ -15,7 +15,7 @@ const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)])(?:([ \t]+)(.*))?$/;
 const DELIMITERS = /^[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
-const UNDECIDED = /^[ \t>]*(?:[#*+\-_=|~]+|`{1,2}|\d{1,9}[.)])[ \t]*$/; // a last line that may become anything
+const UNDECIDED = /^[ \t>]*(?:[#*+\-_=|~]+|`{1,2}|\d{1,9}[.)]?)[ \t]*$/; // a last line that may become anything
 const DEEPEST = 16; // quotes and lists inside one another; deeper ones are text
 
 /** An answer inside an element. `update` builds only those blocks anew whose text has changed. */

@@ -342,10 +342,14 @@ async function openSettings() {
   drawModel();
 }
 
-/** For screen readers: said once, when there is something to say. */
+/** For screen readers: said once, and gone before somebody searches the page and finds it twice. */
 function tell(text) {
   status.textContent = text;
+  clearTimeout(told);
+  told = setTimeout(() => status.replaceChildren(), 5000);
 }
+
+let told = 0;
 
 /** A line above the composer; an empty text takes it away. */
 function note(text) {

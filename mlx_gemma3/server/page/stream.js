@@ -72,7 +72,8 @@ async function request(path, options = {}) {
 }
 
 async function* lines(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = body.getReader();
+  const decoder = new TextDecoder(); // a pipe would drop what it holds when the connection breaks
   let rest = "";
   for (;;) {
     let part;
@@ -83,7 +84,7 @@ async function* lines(body) {
       throw new Lost("The connection was lost.");
     }
     if (part.done) return;
-    const found = (rest + part.value).split(/\r?\n/);
+    const found = (rest + decoder.decode(part.value, { stream: true })).split(/\r?\n/);
     rest = found.pop();
     yield* found;
   }
