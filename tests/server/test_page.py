@@ -156,6 +156,7 @@ def test_an_earlier_turn_is_edited_and_the_conversation_goes_on_from_there(page:
     page_server.script("More?", "More.")
     ask(page, "More?")
     answered(page, "More.", 2)
+    field(page).fill("A draft")
     button(page, "Edit this turn").first.click()
     editing = page.get_by_role("textbox", name="What you said")
     expect(editing).to_be_focused()
@@ -167,6 +168,7 @@ def test_an_earlier_turn_is_edited_and_the_conversation_goes_on_from_there(page:
     assert len(page_server.asked[-1]["messages"]) == 1
     assert sent_picture(page_server)[1] == SHAPES.read_bytes()
     expect(page.get_by_role("heading", level=1)).to_have_text(QUESTION)
+    expect(field(page)).to_have_value("A draft")
 
 
 def test_an_edit_that_is_left_changes_nothing(page: Page, page_server: Server) -> None:
@@ -192,6 +194,18 @@ def test_an_answer_and_its_code_are_copied(page: Page, page_server: Server) -> N
     button(answer, "Copy this answer").click()
     page.wait_for_function("navigator.clipboard.readText().then((text) => text.startsWith('Here'))")
     assert page.evaluate("navigator.clipboard.readText()") == "Here:\n\n```make\nall:\n\tcc *.c\n```\n"
+
+
+def test_an_answer_is_copied_where_the_browser_has_no_clipboard_for_pages(page: Page, page_server: Server) -> None:
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as over plain http
+    page_server.script("Copy?", "**Copied.**")
+    ask(page, "Copy?")
+    button(answered(page, "Copied."), "Copy this answer").click()
+    expect(page.locator("#status")).to_have_text("Copied")
+    expect(button(page, "Copy this answer")).to_be_focused()
+    field(page).focus()
+    page.keyboard.press("Control+V")
+    expect(field(page)).to_have_value("**Copied.**")
 
 
 def test_how_far_the_prompt_is_read_is_shown(page: Page, page_server: Server) -> None:
@@ -228,6 +242,7 @@ def test_a_refusal_is_told_in_place(page: Page, page_server: Server) -> None:
     page_server.script("Later?", "Yes.")
     ask(page, "Later?")
     answered(page, "Yes.", 2)
+    expect(button(page, "Try again")).to_be_hidden()  # only the last answer can be asked for again
     joined = [{"role": "user", "content": [{"type": "text", "text": text} for text in ("Now?", "Later?")]}]
     assert page_server.asked[-1]["messages"] == joined  # turns go on taking turns
 

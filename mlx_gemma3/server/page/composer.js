@@ -44,7 +44,7 @@ export class Composer {
     });
     this.field.addEventListener("input", () => this.#draw());
     this.form.addEventListener("keydown", (event) => {
-      if (event.key !== "Escape" || !this.handlers.cancel) return;
+      if (event.key !== "Escape" || event.isComposing || !this.handlers.cancel) return;
       event.stopPropagation();
       this.handlers.cancel();
     });

@@ -24,7 +24,11 @@ let editor = null;
 let served = []; // the server's models
 
 const composer = new Composer(document.getElementById("foot"), {
-  send: (turn) => say(shownNow, turn),
+  send: (turn) => {
+    if (running.has(shownNow.id)) return;
+    composer.clear();
+    say(shownNow, turn);
+  },
   stop: () => running.get(shownNow.id)?.stop.abort(),
   note,
 });
@@ -39,7 +43,6 @@ async function say(conversation, said, number = conversation.turns.length) {
   if (number === 0 && !conversation.named) conversation.title = titleOf(said);
   note("");
   editor = null;
-  composer.clear();
   const answered = answerLast(conversation);
   composer.focus();
   await answered;
@@ -386,7 +389,7 @@ turns.addEventListener("click", ({ target }) => {
   if (button) copied(button, button.closest(".code").querySelector("code").textContent, tell);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open]")) return;
+  if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
   if (document.body.classList.contains("listing")) openList(false);
   else running.get(shownNow.id)?.stop.abort();
 });

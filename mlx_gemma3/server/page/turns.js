@@ -20,8 +20,12 @@ export function saidTurn(turn, { onedit, onview }) {
     { class: "turn said" },
     make("h2", { class: "hidden", text: "You said" }),
     ...(pictures.length ? [make("ul", { class: "pictures", "aria-label": "Pictures" }, ...pictures)] : []),
-    ...(turn.text ? [make("p", { class: "words", text: turn.text })] : []),
-    make("div", { class: "actions" }, iconButton("edit", "Edit this turn", onedit, { class: "quiet edit" })),
+    make(
+      "div",
+      { class: "line" },
+      make("div", { class: "actions" }, iconButton("edit", "Edit this turn", onedit, { class: "quiet edit" })),
+      ...(turn.text ? [make("p", { class: "words", text: turn.text })] : []),
+    ),
   );
 }
 
