@@ -28,10 +28,10 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-CUT = object()  # a step: the connection breaks
+CUT, END = object(), object()  # steps: the connection breaks; the server ends the stream too early
 
 # A step of a scripted answer: text; ("reading" | "pictures", done, total); an event that is waited for; an exception,
-# which is told in the stream; CUT.
+# which is told in the stream; CUT, END.
 Step = Any
 
 
@@ -100,6 +100,8 @@ class Server:
                         await asyncio.sleep(0.01)
                 elif isinstance(step, Exception):
                     yield _chunk(error={"message": str(step)})
+                    return
+                elif step is END:
                     return
                 else:
                     raise ConnectionAbortedError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import threading
+from pathlib import Path
 
 import pytest
 from page_reader import (
@@ -21,7 +22,7 @@ from page_reader import (
     sent_picture,
     transfer,
 )
-from page_stand_in import CUT, Server
+from page_stand_in import CUT, END, Server
 
 
 def test_a_picture_that_was_picked_is_asked_about(page: Page, page_server: Server) -> None:
@@ -92,6 +93,15 @@ def test_heic_is_a_tile_with_its_name_and_is_sent_as_it_is(page: Page, page_serv
     answered(page, "A photo.")
     assert sent_picture(page_server) == ("data:image/heic;base64", content)
     expect(page.locator(".said .named")).to_have_text("IMG_1.HEIC")
+
+
+def test_a_file_without_a_type_is_a_picture_by_its_name(page: Page, page_server: Server, tmp_path: Path) -> None:
+    (tmp_path / "scan.tiff").write_bytes(b"II*\0")
+    page_server.script("What is this?", "A scan.")
+    page.dispatch_event("#scroller", "drop", {"dataTransfer": transfer(page, tmp_path / "scan.tiff", "")})
+    ask(page, "What is this?")
+    answered(page, "A scan.")
+    assert sent_picture(page_server) == ("data:image/tiff;base64", b"II*\0")
 
 
 def test_a_picture_of_the_conversation_is_shown_large(page: Page) -> None:
@@ -247,13 +257,16 @@ def test_a_refusal_is_told_in_place(page: Page, page_server: Server) -> None:
     assert page_server.asked[-1]["messages"] == joined  # turns go on taking turns
 
 
-def test_a_lost_connection_leaves_what_had_come(page: Page, page_server: Server) -> None:
+@pytest.mark.parametrize(
+    ("end", "told"), [(CUT, "The connection was lost."), (END, "The connection ended before the answer did.")]
+)
+def test_a_lost_connection_leaves_what_had_come(page: Page, page_server: Server, end: object, told: str) -> None:
     hold = threading.Event()
-    page_server.script("Go.", "Half of it", hold, CUT)
+    page_server.script("Go.", "Half of it", hold, end)
     ask(page, "Go.")
     expect(page.locator(".markdown")).to_have_text("Half of it")
     hold.set()
-    expect(answered(page, "Half of it").locator(".error")).to_contain_text("The connection was lost.")
+    expect(answered(page, "Half of it").locator(".error")).to_contain_text(told)
     ready(page)
     answered(page, "Half of it")
 
@@ -284,9 +297,9 @@ def test_only_a_finished_answer_is_announced(page: Page, page_server: Server) ->
 
 
 def test_the_end_is_followed_unless_the_reader_scrolls_away(page: Page, page_server: Server) -> None:
-    held = [threading.Event(), threading.Event()]
+    held = [threading.Event() for _ in range(3)]
     lines = "".join(f"Line {number}\n\n" for number in range(60))
-    page_server.script("Long.", lines, held[0], lines, held[1], lines, "The end.")
+    page_server.script("Long.", lines, held[0], lines, held[1], lines, held[2], "The end.")
     ask(page, "Long.")
     left = "({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight"
     scroller = page.locator("#scroller")
@@ -298,6 +311,9 @@ def test_the_end_is_followed_unless_the_reader_scrolls_away(page: Page, page_ser
     scroller.evaluate("(scroller) => scroller.scrollTo(0, 100)")
     expect(button(page, "To the end")).to_be_visible()
     held[1].set()
+    expect(page.locator(".markdown p")).to_have_count(180)
+    assert scroller.evaluate("(scroller) => scroller.scrollTop") == 100
+    held[2].set()
     expect(page.locator(".markdown p")).to_have_count(181)
     assert scroller.evaluate("(scroller) => scroller.scrollTop") == 100
     button(page, "To the end").click()

@@ -144,6 +144,8 @@ def test_settings_that_are_left_change_nothing_and_wrong_ones_are_not_taken(page
     assert page.evaluate("localStorage.length") == 0
     button(page, "Settings").click()
     expect(dialog.get_by_label("Temperature")).to_have_value("")
+    page.mouse.click(700, 5)  # beside it
+    expect(dialog).to_be_hidden()
 
 
 def test_a_server_with_a_key_is_given_it_once(page: Page, page_server: Server) -> None:

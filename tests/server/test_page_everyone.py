@@ -117,6 +117,8 @@ def test_nothing_is_wider_than_the_page(page: Page, page_server: Server, width: 
     places = ["html", "body", "main", "#scroller"]
     over = "(place) => { const one = document.querySelector(place); return one.scrollWidth - one.clientWidth; }"
     assert [page.evaluate(over, place) for place in places] == [0, 0, 0, 0]
+    assert page.locator("pre").evaluate("(one) => { one.scrollLeft = 50; return one.scrollLeft; }") == 50
+    assert page.locator(".table").evaluate("(one) => { one.scrollLeft = 50; return one.scrollLeft; }") == 50
     if width == 390:
         button(page, "Conversations and settings").click()
     button(page, "Settings").click()
