@@ -11,8 +11,12 @@ export class Composer {
     this.pictures = [];
     this.running = false;
     this.form = document.getElementById("composer").content.firstElementChild.cloneNode(true);
-    [this.field, this.tray, this.picker] = ["textarea", ".tray", "input[type=file]"].map((part) => this.form.querySelector(part));
-    [this.attach, this.cancel, this.send] = [".attach", ".cancel", ".send"].map((part) => this.form.querySelector(part));
+    [this.field, this.tray, this.picker] = ["textarea", ".tray", "input[type=file]"].map((part) =>
+      this.form.querySelector(part),
+    );
+    [this.attach, this.cancel, this.send] = [".attach", ".cancel", ".send"].map((part) =>
+      this.form.querySelector(part),
+    );
     this.picker.accept = ACCEPT;
     this.cancel.hidden = !turn;
     this.#listen();
@@ -38,7 +42,8 @@ export class Composer {
       if (event.detail < 2) this.handlers.stop(); // the second click of two was meant for sending
     });
     this.field.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return; // an input method's Enter
+      const composing = event.isComposing || event.keyCode === 229; // an input method's Enter takes what it offers
+      if (event.key !== "Enter" || event.shiftKey || composing) return;
       event.preventDefault();
       if (!this.running) this.#submit();
     });
@@ -113,7 +118,8 @@ export class Composer {
     const empty = !this.field.value.trim() && !this.pictures.length;
     this.send.setAttribute("aria-disabled", String(empty && !this.running)); // stays in the order of Tab
     this.tray.hidden = !this.pictures.length;
-    if ([...this.tray.children].map((tile) => tile.dataset.id).join() !== this.pictures.map(({ id }) => id).join()) this.#drawTray();
+    if ([...this.tray.children].map((tile) => tile.dataset.id).join() !== this.pictures.map(({ id }) => id).join())
+      this.#drawTray();
     if (!CSS.supports("field-sizing", "content")) {
       this.field.style.height = "auto";
       this.field.style.height = `${this.field.scrollHeight}px`;

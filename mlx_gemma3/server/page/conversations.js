@@ -56,7 +56,9 @@ export class Conversations {
     if (!title || !kept) return null;
     const byId = new Map(pictures.map(({ id, name, blob }) => [id, { id, name, blob }]));
     for (const picture of byId.keys()) this.#stored.add(picture);
-    const turns = kept.turns.map((turn) => (turn.pictures ? { ...turn, pictures: turn.pictures.map((id) => byId.get(id)) } : turn));
+    const turns = kept.turns.map((turn) =>
+      turn.pictures ? { ...turn, pictures: turn.pictures.map((id) => byId.get(id)) } : turn,
+    );
     this.#opened.set(id, { ...title, turns });
     return this.#opened.get(id);
   }
@@ -91,7 +93,8 @@ export class Conversations {
     writing.objectStore("titles").delete(id);
     writing.objectStore("turns").delete(id);
     const pictures = writing.objectStore("pictures");
-    pictures.index("conversation").getAllKeys(id).onsuccess = ({ target }) => target.result.forEach((key) => pictures.delete(key));
+    pictures.index("conversation").getAllKeys(id).onsuccess = ({ target }) =>
+      target.result.forEach((key) => pictures.delete(key));
     await done(writing);
     this.#channel?.postMessage(id);
   }

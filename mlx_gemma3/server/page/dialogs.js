@@ -23,8 +23,11 @@ export function ask(id, values = {}) {
       },
       { signal },
     );
-    for (const button of dialog.querySelectorAll("[data-close]")) button.addEventListener("click", () => dialog.close(), { signal });
-    dialog.addEventListener("click", (event) => event.target === dialog && outside(dialog, event) && dialog.close(), { signal });
+    for (const button of dialog.querySelectorAll("[data-close]"))
+      button.addEventListener("click", () => dialog.close(), { signal });
+    dialog.addEventListener("click", (event) => event.target === dialog && outside(dialog, event) && dialog.close(), {
+      signal,
+    });
     dialog.addEventListener(
       "close",
       () => {

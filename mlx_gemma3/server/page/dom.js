@@ -30,7 +30,11 @@ export function icon(name) {
 
 /** A button that shows an icon and is called by its words. */
 export function iconButton(name, words, onclick, options = {}) {
-  return make("button", { type: "button", class: "quiet", "aria-label": words, title: words, onclick, ...options }, icon(name));
+  return make(
+    "button",
+    { type: "button", class: "quiet", "aria-label": words, title: words, onclick, ...options },
+    icon(name),
+  );
 }
 
 /** Put a text on the clipboard. Browsers offer `navigator.clipboard` to https and to this machine only. */

@@ -4,18 +4,26 @@ import { Composer } from "./composer.js";
 import { Conversations, titleOf } from "./conversations.js";
 import { ask } from "./dialogs.js";
 import { iconButton, make } from "./dom.js";
-import { contentOf, shown } from "./pictures.js";
+import { onDrop } from "./drop.js";
+import { End } from "./end.js";
+import { shown } from "./pictures.js";
+import { asked, messagesOf } from "./request.js";
 import * as settings from "./settings.js";
 import { answer, key, Lost, models, Refused } from "./stream.js";
 import { AnswerTurn, copied, saidTurn } from "./turns.js";
 
 const SAVED_EACH = 1000; // milliseconds between two writes of an answer on its way: what a closed tab may lose
-const NEAR = 80; // pixels from the end: who is nearer follows what is being written
 
-const [main, turns, titleLine, list, status, notice, latest] = ["main", "turns", "title", "list", "status", "notice", "latest"].map((id) =>
-  document.getElementById(id),
-);
-const scroller = document.getElementById("scroller");
+const [main, turns, titleLine, list, status, notice, latest] = [
+  "main",
+  "turns",
+  "title",
+  "list",
+  "status",
+  "notice",
+  "latest",
+].map((id) => document.getElementById(id));
+const end = new End(document.getElementById("scroller"), latest);
 const conversations = new Conversations();
 const running = new Map(); // id of a conversation → its answer on its way: {stop, progress, turn}
 let shownNow = conversations.create();
@@ -44,7 +52,7 @@ async function say(conversation, said, number = conversation.turns.length) {
   note("");
   editor = null;
   const answered = answerLast(conversation);
-  composer.focus();
+  toComposer();
   await answered;
 }
 
@@ -52,7 +60,7 @@ async function retry(conversation) {
   if (running.has(conversation.id)) return;
   if (conversation.turns.at(-1)?.role === "assistant") conversation.turns.pop();
   const answered = answerLast(conversation);
-  composer.focus(); // the button that was pressed is gone
+  toComposer(); // the button that was pressed is gone
   await answered;
 }
 
@@ -66,16 +74,16 @@ async function answerLast(conversation) {
   if (shownNow === conversation) {
     history.replaceState(null, "", `#${conversation.id}`);
     draw();
-    toEnd();
+    end.go();
   }
-  await save(conversation);
-  await drawList();
   let saved = Date.now();
   try {
+    await save(conversation);
+    await drawList();
     const messages = await messagesOf(conversation.turns.slice(0, -1));
     await withKey(async () => {
       if (!served.length) await learnModels();
-      for await (const event of answer(settings.asked(settings.read(), served, messages), work.stop.signal)) {
+      for await (const event of answer(asked(settings.read(), served, messages), work.stop.signal)) {
         take(event, work);
         drawAnswer(conversation);
         if (Date.now() - saved > SAVED_EACH) {
@@ -88,7 +96,8 @@ async function answerLast(conversation) {
     if (error.name === "AbortError") turn.state = "stopped";
     else {
       turn.state = "failed";
-      turn.error = error instanceof Lost || error instanceof Refused ? error.message : `The page failed: ${error.message}`;
+      turn.error =
+        error instanceof Lost || error instanceof Refused ? error.message : `The page failed: ${error.message}`;
       if (!(error instanceof Lost || error instanceof Refused)) console.error(error);
     }
   }
@@ -105,13 +114,13 @@ function take(event, work) {
 }
 
 async function finished(conversation, turn) {
-  const following = followed;
   if (shownNow === conversation) {
     views.at(-1)?.update(null);
     composer.setRunning(false);
     main.classList.remove("running");
-    if (following) toEnd();
-    tell(turn.error ? `Error: ${turn.error}` : `Answer: ${views.at(-1)?.text.textContent ?? ""}`);
+    end.keep();
+    const said = turn.text ? `Answer: ${views.at(-1)?.text.textContent}` : "Stopped";
+    tell(turn.error ? `Error: ${turn.error}` : said);
   }
   await save(conversation);
   await drawList();
@@ -140,23 +149,6 @@ function askKey(said) {
   return asking;
 }
 
-/** Turns as messages. An answer that never came is left out, and what was said around it joined. */
-async function messagesOf(said) {
-  const messages = [];
-  for (const turn of said) {
-    if (turn.role === "assistant" && !turn.text) continue;
-    const content = turn.role === "user" ? await contentOf(turn) : turn.text;
-    const last = messages.at(-1);
-    if (last?.role === turn.role) last.content = [...items(last.content), ...items(content)];
-    else messages.push({ role: turn.role, content });
-  }
-  return messages;
-}
-
-function items(content) {
-  return typeof content === "string" ? [{ type: "text", text: content }] : content;
-}
-
 // ---------------------------------------------------------------- what is shown
 
 /** Show the conversation that the address names, or a new one. */
@@ -170,8 +162,8 @@ async function follow() {
   openList(false);
   draw();
   await drawList();
-  toEnd();
-  if (!matchMedia("(pointer: coarse)").matches) composer.focus(); // there it would open the keyboard
+  end.go();
+  toComposer();
 }
 
 function draw() {
@@ -203,10 +195,7 @@ function drawAnswer(conversation) {
   const work = running.get(conversation.id);
   if (shownNow !== conversation || !work) return;
   const view = views.at(-1);
-  view.soon(work.progress, () => {
-    if (followed) scroller.scrollTop = scroller.scrollHeight;
-    drawLatest();
-  });
+  view.soon(work.progress, () => end.keep());
 }
 
 function edit(turn, number) {
@@ -230,33 +219,6 @@ async function view(picture) {
   await ask("picture-dialog", { name: picture.name });
   place.replaceChildren();
 }
-
-// ---------------------------------------------------------------- following the end
-
-let followed = true; // whether the reader is at the end, by their own last scrolling
-
-function atEnd() {
-  return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR;
-}
-
-function toEnd() {
-  followed = true;
-  scroller.scrollTop = scroller.scrollHeight;
-  drawLatest();
-}
-
-function drawLatest() {
-  latest.hidden = atEnd();
-}
-
-scroller.addEventListener("scroll", () => {
-  followed = atEnd();
-  drawLatest();
-});
-latest.addEventListener("click", () => {
-  toEnd();
-  composer.focus();
-});
 
 // ---------------------------------------------------------------- the list
 
@@ -337,7 +299,11 @@ async function openSettings() {
   choice.replaceChildren(...served.map(({ id }) => make("option", { value: id, text: id })));
   choice.closest(".field").hidden = served.length < 2;
   const { model, ...others } = settings.read();
-  const entered = await ask("settings-dialog", { ...others, model: served.some(({ id }) => id === model) ? model : served[0]?.id, key: key.get() });
+  const entered = await ask("settings-dialog", {
+    ...others,
+    model: served.some(({ id }) => id === model) ? model : served[0]?.id,
+    key: key.get(),
+  });
   if (!entered) return;
   const { key: secret, ...values } = entered;
   settings.write(values);
@@ -353,6 +319,11 @@ function tell(text) {
 }
 
 let told = 0;
+
+/** Where the next words are written. On a touch screen this would open the keyboard. */
+function toComposer() {
+  if (!matchMedia("(pointer: coarse)").matches) composer.focus();
+}
 
 /** A line above the composer; an empty text takes it away. */
 function note(text) {
@@ -373,6 +344,10 @@ function openList(open) {
   else menu.focus();
 }
 
+latest.addEventListener("click", () => {
+  end.go();
+  composer.focus();
+});
 menu.addEventListener("click", () => openList(true));
 document.getElementById("shade").addEventListener("click", () => openList(false));
 matchMedia("(min-width: 56rem)").addEventListener("change", () => openList(false));
@@ -395,17 +370,9 @@ document.addEventListener("keydown", (event) => {
 });
 window.addEventListener("hashchange", follow);
 
-const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
-const dropping = (shownToo) => document.body.classList.toggle("dropping", shownToo);
-window.addEventListener("dragenter", (event) => carriesFiles(event) && dropping(true));
-window.addEventListener("dragleave", (event) => event.relatedTarget === null && dropping(false));
-window.addEventListener("dragover", (event) => carriesFiles(event) && event.preventDefault());
-window.addEventListener("drop", (event) => {
-  dropping(false);
-  if (!carriesFiles(event)) return;
-  event.preventDefault();
+onDrop((files) => {
   const into = editor?.composer ?? composer;
-  into.add([...event.dataTransfer.files]);
+  into.add(files);
   into.focus();
 });
 
@@ -425,7 +392,7 @@ draw();
 if (location.hash) await follow();
 else {
   await drawList();
-  if (!matchMedia("(pointer: coarse)").matches) composer.focus();
+  toComposer();
 }
 if (!keeps) note("This browser keeps no conversations: they are gone when the page is closed.");
 try {

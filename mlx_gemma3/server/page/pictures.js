@@ -5,7 +5,14 @@ import { icon, iconButton, make } from "./dom.js";
 
 // What the server reads. Some systems have no type for HEIC: then the name says it.
 const TYPES = ["png", "jpeg", "webp", "gif", "bmp", "tiff", "avif", "heic", "heif"];
-const BY_NAME = { heic: "image/heic", heif: "image/heif", hif: "image/heif", tif: "image/tiff", tiff: "image/tiff", avif: "image/avif" };
+const BY_NAME = {
+  heic: "image/heic",
+  heif: "image/heif",
+  hif: "image/heif",
+  tif: "image/tiff",
+  tiff: "image/tiff",
+  avif: "image/avif",
+};
 export const ACCEPT = [...TYPES.map((type) => `image/${type}`), ".heic", ".heif", ".hif"].join(",");
 
 const urls = new WeakMap(); // blob → its address in this page
@@ -19,7 +26,9 @@ export function pictureOf(file) {
 
 /** The content of a message: pictures first, then the words. */
 export async function contentOf({ text, pictures }) {
-  const items = await Promise.all(pictures.map(async ({ blob }) => ({ type: "image_url", image_url: { url: await dataUrl(blob) } })));
+  const items = await Promise.all(
+    pictures.map(async ({ blob }) => ({ type: "image_url", image_url: { url: await dataUrl(blob) } })),
+  );
   return items.length ? [...items, ...(text ? [{ type: "text", text }] : [])] : text;
 }
 
@@ -36,11 +45,18 @@ function dataUrl(blob) {
 export function shown({ name, blob }) {
   if (!urls.has(blob)) urls.set(blob, URL.createObjectURL(blob));
   const image = make("img", { src: urls.get(blob), alt: name });
-  image.addEventListener("error", () => image.replaceWith(make("span", { class: "named" }, icon("picture"), make("span", { text: name }))));
+  image.addEventListener("error", () =>
+    image.replaceWith(make("span", { class: "named" }, icon("picture"), make("span", { text: name }))),
+  );
   return image;
 }
 
 /** A small preview with a button that takes it out. */
 export function preview(picture, onremove) {
-  return make("li", { class: "preview" }, shown(picture), iconButton("close", `Remove ${picture.name}`, onremove, { class: "quiet remove" }));
+  return make(
+    "li",
+    { class: "preview" },
+    shown(picture),
+    iconButton("close", `Remove ${picture.name}`, onremove, { class: "quiet remove" }),
+  );
 }

@@ -68,7 +68,10 @@ async function request(path, options = {}) {
   }
   if (response.ok) return response;
   const said = await response.json().catch(() => null);
-  throw new Refused(said?.error?.message ?? `The server answered ${response.status} ${response.statusText}.`, response.status);
+  throw new Refused(
+    said?.error?.message ?? `The server answered ${response.status} ${response.statusText}.`,
+    response.status,
+  );
 }
 
 async function* lines(body) {

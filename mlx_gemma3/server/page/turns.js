@@ -6,14 +6,23 @@ import { shown } from "./pictures.js";
 
 const STAGES = {
   reading: (done, total) => `Reading the prompt: ${count(done)} of ${count(total)} tokens`,
-  pictures: (done, total) => `Looking at the ${total === 1 ? "picture" : "pictures"}: ${count(done)} of ${count(total)}`,
+  pictures: (done, total) =>
+    `Looking at the ${total === 1 ? "picture" : "pictures"}: ${count(done)} of ${count(total)}`,
 };
 const ENDS = { stopped: "Stopped", length: "Ended at the longest length", writing: "Interrupted" };
 
 /** What was said. `onedit()` and `onview(picture)` are its buttons. */
 export function saidTurn(turn, { onedit, onview }) {
   const pictures = turn.pictures.map((picture) =>
-    make("li", {}, make("button", { type: "button", class: "view", "aria-label": `Show ${picture.name} large`, onclick: () => onview(picture) }, shown(picture))),
+    make(
+      "li",
+      {},
+      make(
+        "button",
+        { type: "button", class: "view", "aria-label": `Show ${picture.name} large`, onclick: () => onview(picture) },
+        shown(picture),
+      ),
+    ),
   );
   return make(
     "article",
@@ -39,10 +48,26 @@ export class AnswerTurn {
     this.text = make("div", { class: "markdown" });
     this.error = make("div", { class: "error" });
     this.meta = make("span", { class: "meta" });
-    const copying = iconButton("copy", "Copy this answer", () => copied(copying, turn.text, note), { class: "quiet copy" });
-    this.actions = make("div", { class: "actions" }, copying, iconButton("retry", "Answer again", onretry, { class: "quiet retry" }), this.meta);
+    const copying = iconButton("copy", "Copy this answer", () => copied(copying, turn.text, note), {
+      class: "quiet copy",
+    });
+    this.actions = make(
+      "div",
+      { class: "actions" },
+      copying,
+      iconButton("retry", "Answer again", onretry, { class: "quiet retry" }),
+      this.meta,
+    );
     this.again = make("button", { type: "button", class: "button", text: "Try again", onclick: onretry });
-    this.element = make("article", { class: "turn answer" }, make("h2", { class: "hidden", text: "Answer" }), this.progress, this.text, this.error, this.actions);
+    this.element = make(
+      "article",
+      { class: "turn answer" },
+      make("h2", { class: "hidden", text: "Answer" }),
+      this.progress,
+      this.text,
+      this.error,
+      this.actions,
+    );
     this.rendering = new Rendering(this.text);
   }
 
@@ -65,7 +90,8 @@ export class AnswerTurn {
     this.rendering.update(text, Boolean(running));
     this.#drawProgress(running && !text ? running : null);
     this.error.hidden = !error;
-    if (error && !this.error.childElementCount) this.error.append(icon("warning"), make("p", { text: error }), this.again);
+    if (error && !this.error.childElementCount)
+      this.error.append(icon("warning"), make("p", { text: error }), this.again);
     if (!error) this.error.replaceChildren();
     const end = running || error ? null : ENDS[state];
     this.meta.textContent = [end, rate && `${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`].filter(Boolean).join(" · ");
