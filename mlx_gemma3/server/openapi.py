@@ -17,6 +17,14 @@ _BODIES: dict[str, type[Body]] = {
     "/api/generate": ollama.GenerateRequest,
     "/api/show": ollama.Named,
 }
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["system", "user", "assistant"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+    },
+    "required": ["role", "content"],
+}
 _READ = (
     "/v1/models", "/v1/models/{name}", "/v1/responses/{name}", "/api/version", "/api/tags", "/api/ps", "/health",
     "/metrics",
@@ -39,7 +47,10 @@ def document() -> dict[str, Any]:
         name = f"{path.split('/')[1]}_{kind.__name__}"
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         for inner, one in schema.pop("$defs", {}).items():
-            schemas.setdefault(inner, one)
+            schemas.setdefault(inner, {**one, "additionalProperties": False})
+        schema["additionalProperties"] = False  # but for what each dialect passes over
+        if "messages" in schema["properties"]:
+            schema["properties"]["messages"] |= {"items": _MESSAGE}
         schemas[name] = schema
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
         paths[path] = {"post": {"requestBody": {"required": True, "content": content}, "responses": responses}}
