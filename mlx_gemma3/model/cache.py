@@ -11,7 +11,7 @@ buffer that nobody else holds. A snapshot or a fork holds references, so the fir
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ SLACK = 128  # tokens that a local layer can always go back, and as many again b
 KV_BITS = (16, 8, 4)
 KV_GROUP = 64
 
+Extent = tuple[int, tuple[int, ...]]  # tokens read, and the rows that each local layer holds of them
 Rows = tuple[mx.array, ...]  # (B, heads, S, D) alone, or packed: weight, scales, biases of (B, heads, S, …)
 
 
@@ -174,18 +175,22 @@ class Snapshot:
     def nbytes(self) -> int:
         return sum(part.nbytes for layer in self.layers if layer for part in layer[1])
 
+    @property
+    def extent(self) -> Extent:
+        return self.position, tuple(layer[0] for layer in self.layers if layer)
+
 
 @dataclass(frozen=True)
 class CacheState:
     """Caches as plain numbers and named arrays: what a file holds of them.
 
-    Arrays are called `layer.N.keys.P`, `layer.N.values.P`, and, of the border, `border.N.…` and `border.logits`; P
-    counts the parts of packed rows. (1, K, rows, …) each.
+    Arrays are called `layer.N.keys.P`, `layer.N.values.P`, and, of the borders, `border.N.…` and `border.logits`,
+    `border1.N.…` and so on; P counts the parts of packed rows. (1, K, rows, …) each.
     """
 
     offset: int
     filled: tuple[int, ...]  # rows of each local layer; 0 for a global one
-    border: tuple[int, tuple[int, ...]] | None  # a snapshot: its position, and rows as above
+    borders: tuple[tuple[int, tuple[int, ...]], ...]  # snapshots, the last one first: position, and rows as above
     arrays: Mapping[str, mx.array]
 
 
@@ -244,38 +249,47 @@ class Caches:
         other.snapshots = list(self.snapshots)
         return other
 
-    def state(self) -> CacheState:
+    def state(self, first: int | None = None) -> CacheState:
         """What `restore` makes the same caches of. Of the snapshots only the border: the last one, where the local
         layers have moved on since.
+
+        Args:
+            first: also the first snapshot of so many tokens or more, where no later one reaches back to it.
         """
         arrays: dict[str, mx.array] = {}
         for number, layer in enumerate(self.layers):
             if layer.filled:
                 arrays |= _named(f"layer.{number}", layer.rows())
-        last = self.snapshots[-1] if self.snapshots else None
-        border = None
-        if last is not None and not all(layer.reaches(last.position) for layer in self.layers):
-            border = last.position, tuple(layer[0] if layer else 0 for layer in last.layers)
-            for number, held in enumerate(last.layers):
+        wanted = self.snapshots[-1:]
+        if first is not None:
+            wanted = [old for old in self.snapshots if old.position >= first][:1] + wanted
+        extents, borders = [self.extent], list[tuple[int, tuple[int, ...]]]()
+        for snapshot in reversed(wanted):
+            if reach(snapshot.position, extents, self.window) == snapshot.position:
+                continue
+            name = border_name(len(borders))
+            for number, held in enumerate(snapshot.layers):
                 if held is not None:
-                    arrays |= _named(f"border.{number}", tuple(part[:, :, : held[0]] for part in held[1]))
-            if last.logits is not None:
-                arrays["border.logits"] = last.logits
+                    arrays |= _named(f"{name}.{number}", tuple(part[:, :, : held[0]] for part in held[1]))
+            if snapshot.logits is not None:
+                arrays[f"{name}.logits"] = snapshot.logits
+            borders.append((snapshot.position, tuple(layer[0] if layer else 0 for layer in snapshot.layers)))
+            extents.append(snapshot.extent)
         filled = tuple(layer.filled if layer.window is not None else 0 for layer in self.layers)
-        return CacheState(self.offset, filled, border, arrays)
+        return CacheState(self.offset, filled, tuple(borders), arrays)
 
     def restore(self, state: CacheState) -> None:
         """Take over a state of caches of the same kind; its shapes were checked."""
         for number, (layer, filled) in enumerate(zip(self.layers, state.filled, strict=True)):
             layer._take(state.offset, filled, _joined(f"layer.{number}", state.arrays))
         self.ends_in_image, self.snapshots = False, []
-        if state.border is not None:
-            position, counts = state.border
+        for index, (position, counts) in enumerate(state.borders):
+            name = border_name(index)
             held = tuple(
-                (count, _joined(f"border.{number}", state.arrays)) if count else None
+                (count, _joined(f"{name}.{number}", state.arrays)) if count else None
                 for number, count in enumerate(counts)
             )
-            self.snapshots = [Snapshot(position, held, state.arrays.get("border.logits"))]
+            self.snapshots.insert(0, Snapshot(position, held, state.arrays.get(f"{name}.logits")))
         mx.eval(
             self.arrays, [part for snapshot in self.snapshots for held in snapshot.layers if held for part in held[1]]
         )
@@ -293,23 +307,8 @@ class Caches:
             total -= self.snapshots.pop(0).nbytes
 
     def reach(self, position: int) -> int:
-        """The last position up to `position` to which `rewind` can go with nothing lost.
-
-        A state is the present or a snapshot: for each local layer the rows from `first` to `end`, without a gap.
-        Going back to q <= end is exact when all that later queries can see is there. A query at p >= q sees, of the
-        rows before q, those from p - W + 1 on, at the earliest q - W + 1. So a local layer needs the rows q - W + 1 to
-        q - 1 that exist: first = 0, or q - (W - 1) >= first. A global layer needs rows 0 to q - 1: it is only ever
-        written at its end, and `rewind` drops the snapshots beyond q, so what lies before a snapshot's position is
-        what lay there when it was taken. A row never depends on rows after it, but for image tokens, whose block must
-        be read whole: q must not lie inside one, and that is the caller's part.
-        """
-        best = 0
-        for snapshot in self.snapshots:
-            q = min(position, snapshot.position)
-            if all(layer is None or _holds(snapshot, layer[0], self._window, q) for layer in snapshot.layers):
-                best = max(best, q)
-        q = min(position, self.offset)
-        return max(best, q) if all(layer.reaches(q) for layer in self.layers) else best
+        """The last position up to `position` to which `rewind` can go with nothing lost."""
+        return reach(position, [*(snapshot.extent for snapshot in self.snapshots), self.extent], self.window)
 
     def rewind(self, position: int) -> mx.array | None:
         """Go back to a position that `reach` returned; returns the logits after it where a snapshot knows them."""
@@ -317,12 +316,7 @@ class Caches:
         known = next((snapshot for snapshot in self.snapshots if snapshot.position == position), None)
         if not all(layer.reaches(position) for layer in self.layers):
             source = next(
-                snapshot
-                for snapshot in self.snapshots
-                if snapshot.position >= position
-                and all(
-                    layer is None or _holds(snapshot, layer[0], self._window, position) for layer in snapshot.layers
-                )
+                snapshot for snapshot in self.snapshots if reach(position, [snapshot.extent], self.window) == position
             )
             for layer, held in zip(self.layers, source.layers, strict=True):
                 if held is not None:
@@ -334,7 +328,13 @@ class Caches:
         return known.logits if known is not None else None
 
     @property
-    def _window(self) -> int:
+    def extent(self) -> Extent:
+        """What the local layers hold now."""
+        return self.offset, tuple(layer.filled for layer in self.layers if layer.window is not None)
+
+    @property
+    def window(self) -> int:
+        """Of the local layers; 1 where there are none."""
         return next((layer.window for layer in self.layers if layer.window is not None), 1)
 
     def __len__(self) -> int:
@@ -347,9 +347,28 @@ class Caches:
         return iter(self.layers)
 
 
-def _holds(snapshot: Snapshot, filled: int, window: int, position: int) -> bool:
-    first = snapshot.position - filled
-    return first == 0 or position - (window - 1) >= first
+def reach(position: int, extents: Iterable[Extent], window: int) -> int:
+    """The last position up to `position` to which caches that were held to these extents can go with nothing lost.
+
+    An extent is the present or a snapshot: for each local layer the rows from `first` to `end`, without a gap. Going
+    back to q <= end is exact when all that later queries can see is there. A query at p >= q sees, of the rows before
+    q, those from p - W + 1 on, at the earliest q - W + 1. So a local layer needs the rows q - W + 1 to q - 1 that
+    exist: first = 0, or q - (W - 1) >= first. A global layer needs rows 0 to q - 1: it is only ever written at its end,
+    and `Caches.rewind` drops the snapshots beyond q, so what lies before a snapshot's position is what lay there when
+    it was taken. A row never depends on rows after it, but for image tokens, whose block must be read whole: q must not
+    lie inside one, and that is the caller's part.
+    """
+    best = 0
+    for end, filled in extents:
+        q = min(position, end)
+        if all(rows == end or q - (window - 1) >= end - rows for rows in filled):
+            best = max(best, q)
+    return best
+
+
+def border_name(index: int) -> str:
+    """What the names of the arrays of a state's n-th border begin with."""
+    return f"border{index or ''}"
 
 
 def _named(name: str, rows: Rows) -> dict[str, mx.array]:

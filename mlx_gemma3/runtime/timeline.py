@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,16 @@ from ..model.runner import Runner
 
 SNAPSHOT_BYTES = 2 << 30
 FEATURE_BYTES = 256 << 20
+
+
+class Keyed(Protocol):
+    """As much of some tokens as others can be compared with."""
+
+    @property
+    def keys(self) -> NDArray[np.int64]: ...
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class Tokens:
             keys[start:stop] = -1 - int(digest[:14], 16)
         return keys
 
-    def shared(self, other: Tokens) -> int:
+    def shared(self, other: Keyed) -> int:
         """How many leading tokens are the same; never a part of an image block of either."""
         count = min(len(self), len(other))
         different = np.flatnonzero(self.keys[:count] != other.keys[:count])
