@@ -142,6 +142,7 @@ class Timeline:
         self.tokens = Tokens(())  # may run ahead of the caches by the last token written
         self.logits: mx.array | None = None  # (1, V) float32 after the last token in the caches, when known
         self._prompt = Tokens(())
+        self._border = 0  # where a snapshot is taken on the way; 0 for nowhere
 
     @property
     def nbytes(self) -> int:
@@ -158,11 +159,12 @@ class Timeline:
         """How many tokens of a prompt need not be processed again."""
         return self.caches.reach(min(self.tokens.shared(prompt), self.caches.offset))
 
-    def open(self, prompt: Tokens, *, limit: int | None = None) -> int:
+    def open(self, prompt: Tokens, *, limit: int | None = None, border: int = 0) -> int:
         """Go back to what the caches share with a prompt, which `read_chunk` then reads.
 
         Args:
             limit: most tokens of the context.
+            border: other prompts have been the same up to there: a snapshot is taken on the way.
 
         Returns:
             the count of tokens that are reused. All of them where `logits` are known at once.
@@ -180,7 +182,7 @@ class Timeline:
         if position == len(prompt) and logits is None:  # all there, but not what comes next: read the end again
             position = self.caches.reach(self._before_last(prompt))
             self.caches.rewind(position)
-        self._prompt = prompt
+        self._prompt, self._border = prompt, border
         self.tokens, self.logits = prompt.head(position), logits if position == len(prompt) else None
         if 0 < position < len(prompt):
             self.caches.take_snapshot(budget=self.snapshot_bytes)
@@ -194,7 +196,8 @@ class Timeline:
         """
         prompt, begin = self._prompt, self.caches.offset
         usual = usual_chunk(self.runner, self.caches, len(prompt))
-        return begin, chunk_end(begin, len(prompt), prompt.spans, min(most or usual, usual))
+        stop = self._border if begin < self._border < len(prompt) else len(prompt)
+        return begin, chunk_end(begin, stop, prompt.spans, min(most or usual, usual))
 
     def pictures(self, begin: int, end: int) -> list[int]:
         """Which pictures of the prompt lie in a range of its tokens."""
@@ -215,7 +218,7 @@ class Timeline:
         pictures, spans = [features(number) for number in inside], list(inside.values())
         logits = read_chunk(self.runner, prompt.ids[begin:end], self.caches, pictures, spans, last=end == len(prompt))
         self.tokens, self.logits = prompt.head(end), logits
-        if logits is not None:
+        if logits is not None or end == self._border:
             self.caches.take_snapshot(logits, budget=self.snapshot_bytes)
         return end - begin
 
