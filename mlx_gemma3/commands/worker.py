@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from ..boundary.sizes import read_size
 from ..errors import WorkerError
 from .streams import was_closed
 
@@ -18,6 +20,12 @@ def worker(
     ] = 64,
     max_queued: Annotated[int, typer.Option(min=1, max=1 << 20, help="Most requests that wait.")] = 64,
     max_sessions: Annotated[int, typer.Option(min=0, max=1 << 20, help="Most sessions that are open.")] = 16,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder for prompts that leave memory: each is read once.")
+    ] = None,
+    prompt_cache_size: Annotated[
+        str, typer.Option(help="Of that folder; what was not used for longest is deleted.")
+    ] = "20GB",
 ) -> None:
     """Serve another program: requests on standard input, events on standard output, one JSON object a line.
 
@@ -29,6 +37,10 @@ def worker(
     if not os.isatty(0):  # Ctrl-C at the terminal of the program that started it is not for the worker
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     limits = Limits(line_bytes=max_line << 20, queued=max_queued, sessions=max_sessions)
+    settings: dict[str, Any] = {}
+    if prompt_cache is not None:
+        nbytes = read_size("--prompt-cache-size", prompt_cache_size)
+        settings = {"prompt_cache": prompt_cache.absolute(), "prompt_cache_bytes": nbytes}
     requests, events = _own(0, os.O_RDONLY), _own(1, os.O_WRONLY)
     _send(1, 2)  # what a library prints goes to stderr
     with os.fdopen(requests, "rb") as source, os.fdopen(events, "wb", buffering=0) as sink:
@@ -38,7 +50,7 @@ def worker(
             while rest:
                 rest = rest[sink.write(rest) or 0 :]
 
-        Server(source, write, limits, __version__, leave=lambda: os._exit(1)).run()
+        Server(source, write, limits, __version__, leave=lambda: os._exit(1), settings=settings).run()
 
 
 def _own(descriptor: int, mode: int) -> int:

@@ -41,7 +41,6 @@ from .timeline import FeatureCache, Timeline, Tokens
 
 STEPS_A_CHUNK = 4  # a chunk takes as long as so many steps of those that write meanwhile
 SHORTEST_CHUNK = 16  # tokens
-WORTH_A_BORDER = 256  # tokens that prompts must share to be kept apart from what follows
 WORTH_A_FORK = 32  # tokens that a running timeline must have more than an idle one to be waited for or forked
 _SMOOTH = 0.3  # weight of the newest measurement
 
@@ -312,8 +311,7 @@ class Scheduler:
     def _border(self, tokens: Tokens) -> int:
         """Up to where the prompt begins as another that is kept: the next such prompt may go on from there."""
         on_disk = self.prompts.files.shared(tokens) if self.prompts is not None else 0
-        border = max(self.pool.shared(tokens), on_disk)
-        return border if border >= WORTH_A_BORDER else 0
+        return max(self.pool.shared(tokens), on_disk)
 
     def _kv_bytes(self, job: Job, tokens: Tokens) -> int:
         """Of the keys and values that the answer may come to need."""

@@ -23,6 +23,7 @@ from ..model.runner import Runner
 
 SNAPSHOT_BYTES = 2 << 30
 FEATURE_BYTES = 256 << 20
+WORTH_A_SNAPSHOT = 256  # tokens that one on the way through a prompt may save the next
 
 
 class Keyed(Protocol):
@@ -182,7 +183,7 @@ class Timeline:
         if position == len(prompt) and logits is None:  # all there, but not what comes next: read the end again
             position = self.caches.reach(self._before_last(prompt))
             self.caches.rewind(position)
-        self._prompt, self._border = prompt, border
+        self._prompt, self._border = prompt, border if border - position >= WORTH_A_SNAPSHOT else 0
         self.tokens, self.logits = prompt.head(position), logits if position == len(prompt) else None
         if 0 < position < len(prompt):
             self.caches.take_snapshot(budget=self.snapshot_bytes)
