@@ -11,7 +11,7 @@ buffer that nobody else holds. A snapshot or a fork holds references, so the fir
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class LayerCache:
             return (self.parts[0][:, :, start:stop],) if self.parts else ()
         return tuple(part[:, :, start:stop] for part in self.parts)
 
-    def _take(self, offset: int, filled: int, rows: Rows) -> None:
+    def take(self, offset: int, filled: int, rows: Rows) -> None:
         """Become what `hold` or `rows` of such a layer returned."""
         self.offset, self.parts = offset, [part[...] for part in rows]
 
@@ -150,8 +150,8 @@ class WindowCache(LayerCache):
         self.filled = max(0, self.filled - (self.offset - position))  # below 0 only where nothing is kept: position 0
         self.offset = position
 
-    def _take(self, offset: int, filled: int, rows: Rows) -> None:
-        super()._take(offset, filled, rows)
+    def take(self, offset: int, filled: int, rows: Rows) -> None:
+        super().take(offset, filled, rows)
         self.filled = filled
 
 
@@ -178,20 +178,6 @@ class Snapshot:
     @property
     def extent(self) -> Extent:
         return self.position, tuple(layer[0] for layer in self.layers if layer)
-
-
-@dataclass(frozen=True)
-class CacheState:
-    """Caches as plain numbers and named arrays: what a file holds of them.
-
-    Arrays are called `layer.N.keys.P`, `layer.N.values.P`, and, of the borders, `border.N.…` and `border.logits`,
-    `border1.N.…` and so on; P counts the parts of packed rows. (1, K, rows, …) each.
-    """
-
-    offset: int
-    filled: tuple[int, ...]  # rows of each local layer; 0 for a global one
-    borders: tuple[tuple[int, tuple[int, ...]], ...]  # snapshots, the last one first: position, and rows as above
-    arrays: Mapping[str, mx.array]
 
 
 class Caches:
@@ -243,56 +229,11 @@ class Caches:
         other.layers = []
         for layer in self.layers:
             twin: Any = WindowCache(layer.window, layer.bits) if layer.window is not None else GlobalCache(layer.bits)
-            twin._take(layer.offset, layer.filled, layer.hold())
+            twin.take(layer.offset, layer.filled, layer.hold())
             other.layers.append(twin)
         other.padding, other.ends_in_image = self.padding, self.ends_in_image
         other.snapshots = list(self.snapshots)
         return other
-
-    def state(self, first: int | None = None) -> CacheState:
-        """What `restore` makes the same caches of. Of the snapshots only the border: the last one, where the local
-        layers have moved on since.
-
-        Args:
-            first: also the first snapshot of so many tokens or more, where no later one reaches back to it.
-        """
-        arrays: dict[str, mx.array] = {}
-        for number, layer in enumerate(self.layers):
-            if layer.filled:
-                arrays |= _named(f"layer.{number}", layer.rows())
-        wanted = self.snapshots[-1:]
-        if first is not None:
-            wanted = [old for old in self.snapshots if old.position >= first][:1] + wanted
-        extents, borders = [self.extent], list[tuple[int, tuple[int, ...]]]()
-        for snapshot in reversed(wanted):
-            if reach(snapshot.position, extents, self.window) == snapshot.position:
-                continue
-            name = border_name(len(borders))
-            for number, held in enumerate(snapshot.layers):
-                if held is not None:
-                    arrays |= _named(f"{name}.{number}", tuple(part[:, :, : held[0]] for part in held[1]))
-            if snapshot.logits is not None:
-                arrays[f"{name}.logits"] = snapshot.logits
-            borders.append((snapshot.position, tuple(layer[0] if layer else 0 for layer in snapshot.layers)))
-            extents.append(snapshot.extent)
-        filled = tuple(layer.filled if layer.window is not None else 0 for layer in self.layers)
-        return CacheState(self.offset, filled, tuple(borders), arrays)
-
-    def restore(self, state: CacheState) -> None:
-        """Take over a state of caches of the same kind; its shapes were checked."""
-        for number, (layer, filled) in enumerate(zip(self.layers, state.filled, strict=True)):
-            layer._take(state.offset, filled, _joined(f"layer.{number}", state.arrays))
-        self.ends_in_image, self.snapshots = False, []
-        for index, (position, counts) in enumerate(state.borders):
-            name = border_name(index)
-            held = tuple(
-                (count, _joined(f"{name}.{number}", state.arrays)) if count else None
-                for number, count in enumerate(counts)
-            )
-            self.snapshots.insert(0, Snapshot(position, held, state.arrays.get(f"{name}.logits")))
-        mx.eval(
-            self.arrays, [part for snapshot in self.snapshots for held in snapshot.layers if held for part in held[1]]
-        )
 
     def take_snapshot(self, logits: mx.array | None = None, *, budget: int) -> None:
         """Remember this position. The oldest snapshots are dropped until all of them fit into `budget` bytes."""
@@ -320,7 +261,7 @@ class Caches:
             )
             for layer, held in zip(self.layers, source.layers, strict=True):
                 if held is not None:
-                    layer._take(source.position, *held)
+                    layer.take(source.position, *held)
         for layer in self.layers:
             layer.rewind(position)
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.position <= position]
@@ -364,25 +305,6 @@ def reach(position: int, extents: Iterable[Extent], window: int) -> int:
         if all(rows == end or q - (window - 1) >= end - rows for rows in filled):
             best = max(best, q)
     return best
-
-
-def border_name(index: int) -> str:
-    """What the names of the arrays of a state's n-th border begin with."""
-    return f"border{index or ''}"
-
-
-def _named(name: str, rows: Rows) -> dict[str, mx.array]:
-    keys, values = keys_and_values(rows)
-    sides = (("keys", keys), ("values", values))
-    return {f"{name}.{side}.{part}": array for side, parts in sides for part, array in enumerate(parts)}
-
-
-def _joined(name: str, arrays: Mapping[str, mx.array]) -> Rows:
-    """What `_named` made two of; nothing where there are no rows."""
-    numbers = [part for part in range(3) if f"{name}.keys.{part}" in arrays]
-    return tuple(
-        mx.concatenate([arrays[f"{name}.{side}.{part}"] for side in ("keys", "values")], axis=1) for part in numbers
-    )
 
 
 def check_padding(padding: Sequence[int] | None) -> tuple[int, ...] | None:

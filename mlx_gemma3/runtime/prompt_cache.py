@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..boundary.writing import refusal
 from ..errors import OutputError, SessionError
-from ..model.cache import CacheState
+from ..model.cache_state import CacheState, state_of
 from .job import Job
 from .loaded import Loaded
 from .prompt_files import SHORTEST, Kept, PromptFiles
@@ -39,7 +39,7 @@ class Leaving:
     state: CacheState  # without arrays
     arrays: dict[str, HostArray]
     nbytes: int  # of memory that is held for it
-    age: float  # seconds since it was used
+    used: float  # when it was, as time.time() says it
 
 
 class PromptCache:
@@ -76,11 +76,11 @@ class PromptCache:
 
     # --- out of memory
 
-    def keep(self, timeline: Timeline, *, age: float = 0.0, patience: float = 0.0) -> None:
+    def keep(self, timeline: Timeline, *, used: float | None = None, patience: float = 0.0) -> None:
         """Write a timeline that nobody will use any more, soon; or not, where that would hold too much memory.
 
         Args:
-            age: seconds since it was used.
+            used: when it was, as time.time() says it; None for now.
             patience: seconds to wait for those that are not yet written.
         """
         caches = timeline.caches
@@ -93,8 +93,10 @@ class PromptCache:
             if not self._changed.wait_for(lambda: self._has_room(timeline.nbytes), patience):
                 return
         try:
-            state = caches.state(first=SHORTEST)
-            leaving = Leaving(tokens, replace(state, arrays={}), host_arrays(state.arrays), timeline.nbytes, age)
+            state = state_of(caches, first=SHORTEST)
+            leaving = Leaving(
+                tokens, replace(state, arrays={}), host_arrays(state.arrays), timeline.nbytes, used or time.time()
+            )
         except RuntimeError as error:  # of MLX's
             self._pause(error)
             return
@@ -107,9 +109,9 @@ class PromptCache:
 
     def close(self, timelines: Sequence[Timeline]) -> None:
         """Write what is left in memory, the one used last first, and end; all within CLOSE_SECONDS."""
-        until = time.monotonic() + CLOSE_SECONDS
+        until, now = time.monotonic() + CLOSE_SECONDS, time.time()
         for age, timeline in enumerate(reversed(timelines)):
-            self.keep(timeline, age=float(age), patience=max(0.0, until - time.monotonic()))
+            self.keep(timeline, used=now - age / 1000, patience=max(0.0, until - time.monotonic()))
         if self._writer is not None:
             self._queue.put(None)
             self._writer.join(max(0.0, until - time.monotonic()))
@@ -126,7 +128,7 @@ class PromptCache:
             try:
                 if not self._stopped and time.monotonic() >= self._paused and not self.files.covers(leaving.tokens):
                     self.files.write(
-                        leaving.tokens, leaving.state, leaving.arrays, age=leaving.age, between=self._check
+                        leaving.tokens, leaving.state, leaving.arrays, used=leaving.used, between=self._check
                     )
             except Stopped:
                 pass

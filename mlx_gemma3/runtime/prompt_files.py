@@ -9,10 +9,10 @@ has gone is none, and the time of last use is the file's own. Used from any thre
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from ..boundary import writing
 from ..boundary.reading import open_regular
 from ..errors import OutputError, SessionError
-from ..model.cache import Caches, CacheState, Extent, reach
+from ..model.cache import Caches, Extent, reach
+from ..model.cache_state import CacheState
 from . import state_file
 from .loaded import Loaded
 from .session_state import State, plain
@@ -96,7 +97,7 @@ class PromptFiles:
         except (OSError, ValueError, OutputError) as error:
             got = error.got if isinstance(error, OutputError) else getattr(error, "strerror", None) or error
             raise OutputError(f"{self.folder}", got=got, want="a folder that can be written to") from None
-        self._make_room(0)
+        self._make_room(0, math.inf)
 
     def look(self) -> None:
         """Take note of files that came or went, if any did."""
@@ -157,14 +158,15 @@ class PromptFiles:
         state: CacheState,
         arrays: Mapping[str, HostArray],
         *,
-        age: float = 0.0,
+        used: float,
         between: Callable[[], None] = lambda: None,
     ) -> None:
         """Keep a timeline; files that it can replace go, and those that were not used for longest where room ends.
 
         Args:
             tokens: those in the caches.
-            age: seconds since it was used.
+            used: when it was, as time.time() says it; where there is no room left by files of before then, it is not
+                written.
             between: called before each array; what it raises leaves everything as it was.
 
         Raises:
@@ -172,39 +174,45 @@ class PromptFiles:
         """
         kept = self._described(tokens, state)
         self._make()
-        self._make_room(sum(values.nbytes for _, values in arrays.values()))
+        if not self._make_room(sum(values.nbytes for _, values in arrays.values()), used):
+            return
         path = self.folder / kept.name
         with writing.replacing(path, follow=False) as file:
             state_file.write(file, self._loaded.identity, plain(state, tokens), arrays, between)
-            used = time.time() - age
+            file.flush()  # later writes would change the time
             os.utime(file.fileno(), (used, used))
         with self._lock:
             replaced = [old.name for old in self._kept.values() if kept.replaces(old) and old.name != kept.name]
         self._add(kept)
         for name in replaced:
             self._drop(name)
-        self._make_room(0)
+        self._make_room(0, math.inf)
 
     # --- the folder
 
     def _make(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def _make_room(self, nbytes: int) -> None:
-        """Remove what was not used for longest until there is room for so many bytes more."""
+    def _make_room(self, nbytes: int, used: float) -> bool:
+        """Remove what was not used for longest, and not since `used`, until there is room for so many bytes more.
+
+        Returns:
+            whether there is.
+        """
         found = []
         with suppress(OSError), os.scandir(self.folder) as entries:
             for entry in entries:
                 with suppress(OSError):
                     if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                         stat = entry.stat(follow_symlinks=False)
-                        found.append((stat.st_mtime_ns, stat.st_size, entry.name))
+                        found.append((stat.st_mtime, stat.st_size, entry.name))
         total = sum(size for _, size, _ in found) + nbytes
-        for _, size, name in sorted(found):
-            if total <= self.budget:
-                return
+        for last, size, name in sorted(found):
+            if total <= self.budget or last > used:
+                break
             self._drop(name)
             total -= size
+        return total <= self.budget
 
     def _open(self, name: str, *, data: bool) -> Contents | None:
         """What a file holds; None when it cannot be opened or, without `data`, is none of ours.

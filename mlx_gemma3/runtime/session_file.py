@@ -14,6 +14,7 @@ from typing import BinaryIO
 from ..boundary import writing
 from ..boundary.reading import open_regular
 from ..errors import OutputError, SessionError
+from ..model.cache_state import state_of
 from . import state_file
 from .conversation import Conversation
 from .scheduler import Scheduler
@@ -31,7 +32,7 @@ def write(path: str | Path, conversation: Conversation, scheduler: Scheduler, *,
     """
     for name in list(conversation.pixels):  # of a turn that was cancelled before they were encoded
         conversation.rows(name, partial(scheduler.encode, name))
-    caches = conversation.timeline.caches.state()
+    caches = state_of(conversation.timeline.caches)
     arrays = {f"{PICTURE}{name}": rows for name, rows in conversation.features.items()} | dict(caches.arrays)
     state = plain(caches, conversation.timeline.tokens, conversation.system, conversation.exchanges)
     try:

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..config import Config
 from ..errors import SessionError
-from ..model.cache import KV_GROUP, Caches, CacheState, WindowCache, border_name
+from ..model.cache import KV_GROUP, Caches, WindowCache
+from ..model.cache_state import CacheState, border_name
 from .conversation import Turn
 from .timeline import Tokens
 

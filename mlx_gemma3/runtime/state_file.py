@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from ..boundary.reading import MOST_JSON, parse_json
 from ..errors import SessionError
-from ..model.cache import Caches, CacheState
+from ..model import cache_state
+from ..model.cache import Caches
+from ..model.cache_state import CacheState
 from ..visible import listed
 from .loaded import Loaded
 from .session_state import State, optional_shapes, read_state, shapes
@@ -65,7 +67,7 @@ def restore(contents: Contents, timeline: Timeline) -> dict[str, mx.array]:
     arrays = {
         name: array.view(mx.bfloat16) if kind == "BF16" else array for name, (kind, array) in contents.arrays.items()
     }
-    timeline.caches.restore(CacheState(state.offset, state.filled, state.borders, arrays))
+    cache_state.restore(timeline.caches, CacheState(state.offset, state.filled, state.borders, arrays))
     timeline.tokens = state.tokens
     return arrays
 
