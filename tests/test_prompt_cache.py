@@ -31,6 +31,7 @@ from mlx_gemma3.model.cache_state import state_of
 from mlx_gemma3.runtime import prompt_cache, state_file
 from mlx_gemma3.runtime.prompt_cache import PromptCache
 from mlx_gemma3.runtime.scheduler import Scheduler
+from mlx_gemma3.runtime.timeline import Tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "fuzz"))
 from mutate import mutate_bytes
@@ -167,6 +168,30 @@ def test_prompts_that_share_a_beginning_are_read_from_where_they_part(chat_folde
         assert number < 2 or reply.usage["cached_tokens"] > 250
 
 
+def test_what_a_header_promises_is_what_the_file_does(chat_folder: Path, kept: Path) -> None:
+    with g3.load(chat_folder, prompt_cache=kept) as engine:
+        engine.generate(LONG, max_tokens=60, stop=["\0"], temperature=0.0)
+        scheduler: Scheduler = engine._thread._scheduler  # type: ignore[assignment]
+        (timeline,) = scheduler.pool.timelines
+        whole = timeline.tokens
+    with g3.load(chat_folder, prompt_cache=kept) as engine:
+        engine.generate("the", **OPTIONS)
+        cache = cache_of(engine)
+        (one,) = cache.files._kept.values()
+        contents = cache.files.read(one)
+        assert contents is not None
+
+        def promised_and_done(scheduler: Scheduler) -> list[tuple[int, int]]:
+            timeline = scheduler.new_timeline()
+            state_file.restore(contents, timeline)
+            prompts = [whole.head(cut) + Tokens((9, 8, 7)) for cut in range(256, len(whole))]
+            return [(one.reusable(prompt), timeline.reusable(prompt)) for prompt in prompts]
+
+        pairs = engine._thread.call(promised_and_done)
+    assert all(promised == done for promised, done in pairs)
+    assert {done > 0 for _, done in pairs} == {True, False} and len({done for _, done in pairs}) > 20
+
+
 def test_short_ones_and_prefixes_of_others_are_not_written(chat_folder: Path, kept: Path) -> None:
     with g3.load(chat_folder, prompt_cache=kept) as engine:
         engine.generate("the user", **OPTIONS)
@@ -213,6 +238,12 @@ def test_the_folder_has_a_budget_and_what_was_used_last_stays(chat_folder: Path,
     with g3.load(chat_folder, prompt_cache=kept) as engine:  # written as it closed: again those used last stay
         found = [engine.generate(prompt, **OPTIONS).usage["cached_from"] for prompt in prompts]
         assert found == ["", "", "disk", "disk"]
+    shutil.rmtree(kept)
+    with g3.load(chat_folder, prompt_cache=kept) as engine:
+        for prompt in prompts:
+            engine.generate(prompt, **OPTIONS)
+    with g3.load(chat_folder, prompt_cache=kept, prompt_cache_bytes=int(1.5 * size)) as engine:  # a smaller one now
+        assert [engine.generate(prompt, **OPTIONS).usage["cached_from"] for prompt in prompts] == ["", "", "", "disk"]
     for path, raw in others.items():
         path.write_bytes(raw)
     with g3.load(chat_folder, prompt_cache=kept, prompt_cache_bytes=1) as engine:

@@ -46,7 +46,7 @@ def plain(
         "filled": caches.filled,
         "border": caches.borders[0] if caches.borders else None,
         **more,
-        "tokens": asdict(tokens),
+        "tokens": {"ids": tokens.ids, "spans": tokens.spans, "digests": tokens.digests},  # asdict copies each number
         "system": system,
         "exchanges": [asdict(exchange) for exchange in exchanges],
     }

@@ -199,7 +199,7 @@ class Server:
         with self._state:
             return {
                 **self._identity(),
-                "model": self._about,
+                "model": self._about if self._engine is None else self._engine.about,  # its notes may have grown
                 "running": next((job.id for job in self._jobs() if job not in self._waiting), None),
                 "answering": [job.id for job in self._answering],
                 "waiting": [job.id for job in self._waiting],
