@@ -226,9 +226,11 @@ class Scheduler:
                 failed = error
                 self._send(lambda: self._prepared(job, None, failed))
             else:
-                if self.prompts is not None:
-                    self.prompts.files.look()
-                self._send(lambda: self._prepared(job, found, None))
+                try:
+                    if self.prompts is not None:
+                        self.prompts.files.look()
+                finally:
+                    self._send(lambda: self._prepared(job, found, None))
 
         threading.Thread(target=work, name="mlx-gemma3 prompt", daemon=True).start()
 
