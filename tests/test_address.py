@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from picture_server import serving
@@ -100,13 +99,13 @@ def test_proxies_that_are_none(proxy: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_https_does_not_lead_to_http() -> None:
-    def answer(location: str) -> Any:
+    def following(location: str) -> str:
         url = address._library().URL("https://example.org/a.png")
-        return SimpleNamespace(url=url, headers={"location": location})
+        return address._following(url, SimpleNamespace(headers={"location": location}), "picture")
 
     with pytest.raises(ImageError, match=r"from https to http://example\.org/a\.png"):
-        address._following(answer("http://example.org/a.png"), "picture")
-    assert address._following(answer("//example.com/b.png"), "picture") == "https://example.com/b.png"
+        following("http://example.org/a.png")
+    assert following("//example.com/b.png") == "https://example.com/b.png"
 
 
 def test_whoever_waits_can_stop(server: str) -> None:

@@ -18,11 +18,9 @@ from worker_process import Worker
 
 import mlx_gemma3 as g3
 from mlx_gemma3.boundary.system import check_system
-from mlx_gemma3.checkpoint.published import SIZES
 from mlx_gemma3.errors import DeviceError, DeviceLost
 from mlx_gemma3.generation import batch, prefill
 from mlx_gemma3.model import device
-from mlx_gemma3.model.chunks import chunk_size
 from mlx_gemma3.model.runner import Runner
 from mlx_gemma3.runtime import loading
 
@@ -247,59 +245,3 @@ def test_a_worker_ends_with_the_gpu(chat_folder: Path) -> None:
         codes = [worker.ask({"id": number, **request})["code"] for number in range(1, 4)]
         assert codes == ["device", "device", "device_lost"]
         assert worker.process.wait(20) == 1
-
-
-class BufferCache:
-    """MLX's cache of freed buffers: one is taken again for n bytes when it has less than min(2 n, n + 2 pages)."""
-
-    PAGE = 1 << 14
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit, self.most = limit, 0
-        self.freed: list[int] = []
-
-    def use(self, nbytes: int) -> None:
-        """Allocate, and free again."""
-        nbytes = -(-nbytes // self.PAGE) * self.PAGE
-        fits = [size for size in self.freed if nbytes <= size < min(2 * nbytes, nbytes + 2 * self.PAGE)]
-        if fits:
-            self.freed.remove(min(fits))
-        self.freed.append(min(fits, default=nbytes))
-        while self.limit is not None and sum(self.freed) > self.limit:
-            self.freed.pop(0)
-        self.most = max(self.most, sum(self.freed))
-
-    def clear(self) -> None:
-        self.freed.clear()
-
-
-def replay(cache: BufferCache, *, clearing: bool) -> int:
-    """The most bytes of dead buffers while 4B reads 16,384 tokens and writes 2,000, in bfloat16."""
-    config = SIZES["4B"]
-    text, prompt, answer = config.text, 16384, 2000
-    chunk = chunk_size(config, prompt)
-    row = 2 * text.num_key_value_heads * text.head_dim * 2
-    for read in range(chunk, prompt + 1, chunk):
-        for layer in range(text.num_hidden_layers):
-            keys = read if text.is_global(layer) else min(read, text.sliding_window - 1 + chunk)
-            cache.use(text.num_attention_heads * chunk * keys * 2)  # scores
-            cache.use(keys * row)  # keys and values joined with the chunk, or grown
-            cache.use(chunk * text.intermediate_size * 4)
-        cache.use(chunk * read)  # mask
-        if clearing:
-            cache.clear()
-    for step in range(answer):
-        cache.use(text.vocab_size * 4)
-        if step % 256 == 0:
-            cache.use((prompt + step) * row)
-        if clearing and step % device.STEPS_BETWEEN == 0:
-            cache.clear()
-    return cache.most
-
-
-def test_dead_buffers_stay_an_eighth_of_the_budget() -> None:
-    budget = int(10.67 * GIB)  # of a Mac of 16 GB
-    most = budget // device.FREED_SHARE
-    assert replay(BufferCache(None), clearing=False) > 2 * most
-    assert replay(BufferCache(None), clearing=True) < most
-    assert replay(BufferCache(most), clearing=True) < most

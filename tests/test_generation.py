@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from random_model import random_model, tiny_config
 
 from mlx_gemma3.errors import ContextError, OptionError
+from mlx_gemma3.generation import sampling
 from mlx_gemma3.generation.batch import decode
 from mlx_gemma3.generation.prefill import prefill, prefill_chunks
 from mlx_gemma3.generation.sampling import Sampling, penalise, sample, top_candidates
@@ -51,10 +54,12 @@ def test_chunks_keep_the_size_and_prefer_to_stop_before_a_block() -> None:
         prefill_chunks(3, [], 0)
 
 
-@pytest.mark.parametrize("size", [100, 262_208])
+@pytest.mark.parametrize("size", [100, 2048, 2049, 4095, 5000, 262_144, 262_208])
 @pytest.mark.parametrize("count", [1, 5, 64])
 def test_top_candidates_are_the_sorted_best(size: int, count: int) -> None:
-    logits = mx.random.normal((3, size), key=mx.random.key(size))
+    rng = np.random.default_rng(size)
+    logits = mx.array(np.array([rng.permutation(size) for _ in range(3)], dtype=np.float32))  # no two are equal
+    logits[0, size - 1] = size  # in the rest that fills no block
     values, ids = top_candidates(logits, count)
     order = np.argsort(-np.array(logits), axis=-1)[:, :count]
     assert np.array_equal(np.array(ids), order)
@@ -184,3 +189,13 @@ def test_the_context_is_a_border(model: Runner) -> None:
     caches = model.make_caches()
     logits = prefill(model, [5] * (limit - 3), caches)
     assert len(list(decode(model, logits, caches, sampling=Sampling(temperature=0), max_tokens=99))) == 3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="without it MLX compiles nothing on a CPU")
+@pytest.mark.parametrize("settings", [{}, {"top_p": 1.0}, {"min_p": 0.05, "temperature": 0.7}, {"top_k": 0}])
+def test_a_draw_in_one_kernel_is_the_same_draw(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = 3 * mx.random.normal((3, 5000), key=mx.random.key(5))
+    options, keys = Sampling(**settings), [[mx.random.key(3 * turn + row) for row in range(3)] for turn in range(20)]
+    plain = [sample(logits, options, three).tolist() for three in keys]
+    monkeypatch.setattr(sampling, "_draw", mx.compile(sampling._draw.__wrapped__))
+    assert [sample(logits, options, three).tolist() for three in keys] == plain

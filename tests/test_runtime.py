@@ -228,9 +228,9 @@ def test_stop_strings_cut_where_the_whole_text_would_be_cut(text: str, stops: li
     # Cut at the first stop string to be complete; of those complete at once, at the one that begins first.
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     if not ends:
-        assert (out, stopper.found) == (text, False)
+        assert (out, stopper.found) == (text, None)
     else:
-        assert stopper.found and text.startswith(out)
+        assert stopper.found in stops and stopper.found in text and text.startswith(out)
         if size == 1:
             first = min(end for end, _ in ends)
             assert out == text[: min(start for end, start in ends if end == first)]

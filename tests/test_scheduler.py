@@ -15,7 +15,8 @@ import pytest
 from endless import endless
 
 import mlx_gemma3 as g3
-from mlx_gemma3.errors import BusyError, Gemma3Error, OptionError
+from mlx_gemma3.errors import BusyError, Gemma3Error, OptionError, PromptError
+from mlx_gemma3.generation import prefill
 from mlx_gemma3.model.cache import Caches
 from mlx_gemma3.model.runner import Runner
 from mlx_gemma3.runtime import scheduler as scheduling
@@ -120,6 +121,52 @@ def test_a_long_prompt_is_read_between_the_tokens_of_the_others(
     assert first.reply.finish_reason == "cancelled"
 
 
+def test_a_lone_prompt_is_built_ahead_and_its_errors_are_its_own(
+    base: g3.Engine, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the next chunk's graph is built while one is computed. Its errors are nobody else's."""
+    monkeypatch.setattr(timeline, "usual_chunk", lambda *_: 16)
+    prompt = "the model of a question " * 30
+    wanted = base.generate("no prompt like it: " + prompt, max_tokens=5, logprobs=1, **GREEDY)
+    base._thread.call(lambda scheduler: scheduler.pool.timelines.clear())
+    monkeypatch.setattr(base._thread._scheduler.runner, "ahead", True)
+    order: list[str] = []
+    read, settle = Runner.read, prefill.settle
+
+    def reading(*given: Any, **named: Any) -> mx.array:
+        order.append("built")
+        time.sleep(0.02)
+        return read(*given, **named)
+
+    def settling(caches: Caches) -> None:
+        if caches.unsettled is not None:
+            order.append("waited")
+        settle(caches)
+
+    monkeypatch.setattr(Runner, "read", reading)
+    monkeypatch.setattr(prefill, "settle", settling)
+    monkeypatch.setattr(timeline, "settle", settling)
+    reply = base.generate("no prompt like it: " + prompt, max_tokens=5, logprobs=1, **GREEDY)
+    assert reply.logprobs == wanted.logprobs and reply.usage["cached_tokens"] == 0
+    assert order[:4] == ["built", "built", "waited", "built"] and order.count("built") == order.count("waited") > 10
+    assert order[-2:] == ["waited", "waited"]  # the last chunk waits for itself
+
+    def failing(caches: Caches) -> None:
+        if caches.unsettled is not None and len(order) > 3:
+            caches.unsettled = None
+            raise RuntimeError("the device is on fire")
+        settle(caches)
+
+    order.clear()
+    monkeypatch.setattr(timeline, "settle", failing)  # what is waited for when another comes
+    long = base.stream("another prompt: " + prompt, max_tokens=5, **GREEDY)
+    while len(order) < 5:
+        assert long.next(timeout=0.01)["kind"] == "pending"
+    assert len(base.generate("the", max_tokens=4, **GREEDY).tokens) == 4
+    with pytest.raises(Gemma3Error, match="on fire"):
+        list(long)
+
+
 def test_an_error_of_mlx_ends_the_step_and_the_engine_lives(chat: g3.Engine, steps: Steps) -> None:
     wanted = chat.generate("the", max_tokens=5, **GREEDY).tokens
     session = chat.session()
@@ -211,6 +258,33 @@ def test_logprobs_are_of_the_model_before_its_settings(base: g3.Engine) -> None:
     assert base.generate("the model", max_tokens=2).logprobs is None
     bare = base.generate("the model", max_tokens=2, logprobs=0).logprobs
     assert bare is not None and all(one["top"] == [] for one in bare)
+
+
+def test_prompt_logprobs_and_token_ids(base: g3.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline, "usual_chunk", lambda *_: 64)
+    loaded = base._thread.loaded
+    ids = loaded.tokenizer.encode("the model of a question " * 25, bos=True)
+    assert len(ids) > 70
+    text = base.generate("the model of a question " * 25, max_tokens=3, **GREEDY)
+    reply = base.generate(ids, max_tokens=3, prompt_logprobs=2, **GREEDY)
+    assert reply.tokens == text.tokens and reply.usage["cached_tokens"] == 0
+    assert base.generate(ids, max_tokens=3, **GREEDY).usage["cached_tokens"] == len(ids)
+
+    logits = np.array(g3.load_model(loaded.checkpoint.path, dtype="float32")(mx.array([ids])))[0].astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    logprobs -= logits.max(-1, keepdims=True)
+    found = reply.prompt_logprobs
+    assert found is not None and found[0] is None and len(found) == len(ids)
+    for place, (token, one) in enumerate(zip(ids[1:], found[1:], strict=True)):
+        assert one is not None and one["token"] == token
+        assert one["logprob"] == pytest.approx(logprobs[place, token], abs=1e-3)
+        assert one["top"][0]["logprob"] == pytest.approx(logprobs[place].max(), abs=1e-3) and len(one["top"]) == 2
+    with pytest.raises(PromptError, match="vocabulary"):
+        base.generate([1 << 30])
+    with pytest.raises(PromptError, match="alone"):
+        base.generate(ids, images=[b"picture"])
+    with pytest.raises(OptionError, match="prompt_logprobs"):
+        base.generate(ids, prompt_logprobs=21)
 
 
 def test_penalties_and_biases_work_and_are_checked(base: g3.Engine) -> None:

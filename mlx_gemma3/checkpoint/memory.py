@@ -104,7 +104,7 @@ def estimate(
         kv_global=kv_global,
         kv_local=kv_local,
         prefill=prefill_bytes(config, at, chunk, **bits, dtype_bytes=dtype_bytes, fused=fused),
-        vision=vision_bytes(config, dtype_bytes=dtype_bytes),
+        vision=vision_bytes(config, dtype_bytes=dtype_bytes, fused=fused),
         logits=4 * text.vocab_size,  # one row, float32: the head runs on the last position only
     )
 
@@ -196,14 +196,15 @@ def prefill_bytes(
     return scores + chunk * context + growth + moved + chunk * rows
 
 
-def vision_bytes(config: Config, *, dtype_bytes: int = 2) -> int:
-    """Working memory for one picture: heads * patches^2 scores (heads of 72: not fused everywhere) and the rows."""
+def vision_bytes(config: Config, *, dtype_bytes: int = 2, fused: bool = True) -> int:
+    """Working memory for one picture: the rows, and heads * patches^2 scores where attention is not fused."""
     vision = config.vision
     if vision is None:
         return 0
     patches = vision.grid**2
     rows = _row_bytes(vision.intermediate_size, vision.hidden_size, vision.hidden_size)
-    return vision.num_attention_heads * patches**2 * dtype_bytes + patches * rows
+    scores = 0 if fused else vision.num_attention_heads * patches**2 * dtype_bytes
+    return scores + patches * rows
 
 
 def _row_bytes(inner: int, hidden: int, heads: int) -> int:

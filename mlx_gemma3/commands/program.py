@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .fit import fit
 from .generate import generate
 from .inspect import inspect
+from .serve import serve
 from .streams import OutputLost
 from .terminal import say, tell
 from .worker import worker
@@ -61,6 +62,7 @@ app.command()(evaluate)
 app.command()(inspect)
 app.command()(fit)
 app.command()(bench)
+app.command()(serve)
 app.command()(worker)
 
 

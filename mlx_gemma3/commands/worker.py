@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..boundary.sizes import read_size
 from ..errors import WorkerError
+from .prompt_cache import Folder, Size, kept_in
 from .streams import was_closed
 
 
@@ -20,12 +19,8 @@ def worker(
     ] = 64,
     max_queued: Annotated[int, typer.Option(min=1, max=1 << 20, help="Most requests that wait.")] = 64,
     max_sessions: Annotated[int, typer.Option(min=0, max=1 << 20, help="Most sessions that are open.")] = 16,
-    prompt_cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder for prompts that leave memory: each is read once.")
-    ] = None,
-    prompt_cache_size: Annotated[
-        str, typer.Option(help="Of that folder; what was not used for longest is deleted.")
-    ] = "20GB",
+    prompt_cache: Folder = None,
+    prompt_cache_size: Size = "20GB",
 ) -> None:
     """Serve another program: requests on standard input, events on standard output, one JSON object a line.
 
@@ -37,10 +32,7 @@ def worker(
     if not os.isatty(0):  # Ctrl-C at the terminal of the program that started it is not for the worker
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     limits = Limits(line_bytes=max_line << 20, queued=max_queued, sessions=max_sessions)
-    settings: dict[str, Any] = {}
-    if prompt_cache is not None:
-        nbytes = read_size("--prompt-cache-size", prompt_cache_size)
-        settings = {"prompt_cache": prompt_cache.absolute(), "prompt_cache_bytes": nbytes}
+    settings = kept_in(prompt_cache, prompt_cache_size)
     requests, events = _own(0, os.O_RDONLY), _own(1, os.O_WRONLY)
     _send(1, 2)  # what a library prints goes to stderr
     with os.fdopen(requests, "rb") as source, os.fdopen(events, "wb", buffering=0) as sink:

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ..model.runner import Runner
 from .sampling import Sampling, penalise, sample, top_candidates
 
 
@@ -36,6 +37,27 @@ class Likelihood:
 
     logprob: float  # of the token that was chosen
     top: tuple[tuple[int, float], ...]  # the likeliest tokens and theirs, likeliest first
+
+
+class Score:
+    """The likelihood of each token of a text that is read, given those before it; collected chunk by chunk.
+
+    Args:
+        count: of the likeliest tokens at each place, as many.
+    """
+
+    ROWS = 64  # logits at once: 64 MiB
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.found: list[Likelihood] = []
+
+    def add(self, runner: Runner, hidden: mx.array, following: Sequence[int]) -> None:
+        """Take a chunk: (1, L, D) normed hidden states, and the tokens after each; at the text's end one less."""
+        for begin in range(0, len(following), self.ROWS):
+            tokens = mx.array(list(following[begin : begin + self.ROWS]))
+            logits = runner.head(hidden[:, begin : begin + tokens.size])[0]
+            self.found += _on_host(_likelihood(logits, tokens, self.count))
 
 
 class Chooser:
@@ -134,10 +156,8 @@ class Chosen:
 
     def likelihood(self, row: int) -> Likelihood | None:
         """Waits for the device."""
-        if (one := self.likelihoods[row]) is None:
-            return None
-        chosen, values, ids = (np.array(array).ravel().tolist() for array in one)
-        return Likelihood(chosen[0], tuple(zip(ids, values, strict=True)))
+        one = self.likelihoods[row]
+        return None if one is None else _on_host(one)[0]
 
 
 def choose(logits: mx.array, choosers: Sequence[Chooser]) -> Chosen:
@@ -175,13 +195,22 @@ def _sample(logits: mx.array, choosers: Sequence[Chooser]) -> mx.array:
     return sample(logits, sampling, () if sampling.greedy else [chooser.key() for chooser in choosers])
 
 
-def _likelihood(logits: mx.array, token: mx.array, count: int) -> tuple[mx.array, mx.array, mx.array]:
+def _likelihood(logits: mx.array, tokens: mx.array, count: int) -> tuple[mx.array, mx.array, mx.array]:
+    """(B, V), (B,) → log-probabilities (B, 1), those of the likeliest (B, count), and their ids (B, count)."""
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = mx.take_along_axis(logits, token[:, None], axis=-1) - total
+    chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1) - total
     if not count:
-        return chosen, mx.zeros((0,)), mx.zeros((0,), dtype=mx.int32)
+        return chosen, mx.zeros((len(tokens), 0)), mx.zeros((len(tokens), 0), dtype=mx.int32)
     values, ids = top_candidates(logits, min(count, logits.shape[-1]))
     return chosen, values - total, ids
+
+
+def _on_host(one: tuple[mx.array, mx.array, mx.array]) -> list[Likelihood]:
+    """One for each row; waits for the device."""
+    mx.eval(one)
+    chosen, values, ids = (np.array(array).tolist() for array in one)
+    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
+    return [Likelihood(first[0], top) for first, top in zip(chosen, tops, strict=True)]
 
 
 def unpacked(words: mx.array, count: int) -> mx.array:

@@ -12,6 +12,7 @@ from ..model.cache import Caches
 from ..model.chunks import chunk_size
 from ..model.device import release
 from ..model.runner import Runner
+from .choice import Score
 
 Progress = Callable[[int, int], None]  # tokens read, tokens in all
 Spans = Sequence[tuple[int, int]]  # half-open ranges of the image tokens of each picture, in order
@@ -89,24 +90,42 @@ def read_chunk(
     spans: Spans = (),
     *,
     last: bool,
+    ahead: bool = False,
+    score: Score | None = None,
+    following: Sequence[int] = (),
 ) -> mx.array | None:
-    """Read the tokens that follow what the caches hold; they are computed when this returns.
+    """Read the tokens that follow what the caches hold; they are computed when this returns, or see `ahead`.
 
     Args:
         features: (T, D) of each picture of these tokens, in order.
         spans: where these stand among these tokens. An image token elsewhere is text.
         last: the prompt ends here.
+        score: takes the likelihoods of `following`, the tokens after each of these; at the prompt's end one less.
+        ahead: return while a GPU computes, so that the next chunk is prepared meanwhile; `settle` waits.
 
     Returns:
         (1, V) float32 logits after the last token where `last`, else None.
     """
     ids = np.array([tokens], dtype=np.int32)
     rows = mx.stack(list(features)) if features else None
-    hidden = runner.read(ids, rows, caches, last_only=True, spans=spans)
-    logits = runner.head(hidden)[:, -1] if last else None
-    mx.eval(caches.arrays, [] if logits is None else logits)
-    release()  # scores and keys of this chunk fit no later one
+    hidden = runner.read(ids, rows, caches, last_only=score is None, spans=spans)
+    logits = runner.head(hidden[:, -1:])[:, -1] if last else None
+    settle(caches)  # two chunks in work would need twice the memory
+    caches.unsettled = hidden if logits is None else logits  # not their arrays: the next write would copy what is held
+    mx.async_eval(caches.arrays, caches.unsettled)
+    if score is not None:
+        score.add(runner, hidden, following)
+    if last or not (ahead and runner.ahead):
+        settle(caches)
     return logits
+
+
+def settle(caches: Caches) -> None:
+    """Wait for the chunk that is being computed, if there is one. What went wrong in it is raised here."""
+    if caches.unsettled is not None:
+        unsettled, caches.unsettled = caches.unsettled, None
+        mx.eval(unsettled)
+        release()  # scores and keys of this chunk fit no later one
 
 
 def prefill(
@@ -142,6 +161,7 @@ def prefill(
             [features[number] for number in inside],
             list(inside.values()),
             last=end == len(tokens),
+            ahead=True,
         )
     assert logits is not None
     return logits

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from ..errors import OptionError
+from ..model.device import compiled
 
-_BLOCK = 512  # entries of the vocabulary whose maxima are compared first
+_SORTED_AT_ONCE = 2048  # entries that one kernel of Metal's sorts
 
 # Below this temperature the most likely token is taken. Logits are float32, and the best of them lie at 16 to 32, where
 # neighbours are 2**-19 = 1.9e-6 apart: the nearest rival that is not equal is e**1.9 times less likely at 1e-6 and
@@ -84,32 +85,39 @@ def sample(logits: mx.array, sampling: Sampling, keys: Sequence[mx.array]) -> mx
     """
     if sampling.greedy:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
-    logits = logits / sampling.temperature
-    ids = None  # (B, C) vocabulary ids of the columns, most likely first; None: every id in its place
+    values, ids = logits, None  # ids: (B, C) of the columns, most likely first; None: every id in its place
     if 0 < sampling.top_k < logits.shape[-1]:
-        logits, ids = top_candidates(logits, sampling.top_k)
+        values, ids = top_candidates(logits, sampling.top_k)
     elif sampling.top_p < 1:
         ids = mx.argsort(-logits, axis=-1)
-        logits = mx.take_along_axis(logits, ids, axis=-1)
-    if sampling.top_p < 1:
-        probabilities = mx.softmax(logits, axis=-1, precise=True)
-        before = mx.cumsum(probabilities, axis=-1) - probabilities  # held by the more likely tokens; 0 for the first
-        logits = mx.where(before < max(sampling.top_p, _LEAST_SHARE), logits, -mx.inf)
-    if sampling.min_p > 0:
-        best = logits.max(axis=-1, keepdims=True)
-        logits = mx.where(logits >= best + math.log(sampling.min_p), logits, -mx.inf)
-    # Gumbel's noise makes the largest sum a draw: what mx.random.categorical does, with a key for each row.
-    noise = [mx.random.gumbel((1, logits.shape[-1]), key=key) for key in keys]
-    column = mx.argmax(logits + (noise[0] if len(noise) == 1 else mx.concatenate(noise)), axis=-1)
+        values = mx.take_along_axis(logits, ids, axis=-1)
+    column = _draw(values, mx.stack(list(keys)), sampling.temperature, sampling.top_p, sampling.min_p)
     chosen = column if ids is None else mx.take_along_axis(ids, column[:, None], axis=-1)[:, 0]
     return chosen.astype(mx.int32)
+
+
+@compiled
+def _draw(values: mx.array, keys: mx.array, temperature: float, top_p: float, min_p: float) -> mx.array:
+    """(B, C) logits, most likely first where top_p < 1, and (B, 2) keys → (B,) columns."""
+    values = values / temperature
+    if top_p < 1:
+        probabilities = mx.softmax(values, axis=-1, precise=True)
+        before = mx.cumsum(probabilities, axis=-1) - probabilities  # held by the more likely tokens; 0 for the first
+        values = mx.where(before < max(top_p, _LEAST_SHARE), values, -mx.inf)
+    if min_p > 0:
+        best = values.max(axis=-1, keepdims=True)
+        values = mx.where(values >= best + math.log(min_p), values, -mx.inf)
+    # Gumbel's noise makes the largest sum a draw: what mx.random.categorical does, with a key for each row.
+    noise = [mx.random.gumbel((1, values.shape[-1]), key=key) for key in keys]
+    return mx.argmax(values + (noise[0] if len(noise) == 1 else mx.concatenate(noise)), axis=-1)
 
 
 def top_candidates(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
     """The `count` largest entries of each row, largest first, and where they stood.
 
-    In two stages, since sorting 262,144 entries costs more than a small model's whole step: each of the largest entries
-    lies in one of the `count` blocks with the largest maxima, so only those are sorted.
+    Sorting 262,144 entries costs more than a small model's whole step. Each of the largest entries lies in one of the
+    `count` blocks with the largest maxima (or in the rest that fills no block), so only those go on, until what is left
+    is short enough for one kernel of Metal's.
 
     Args:
         logits: (B, V).
@@ -118,20 +126,22 @@ def top_candidates(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
     Returns:
         values (B, count), ids (B, count).
     """
-    batch, size = logits.shape
-    blocks = -(-size // _BLOCK)
-    if count >= blocks:
-        ids = mx.argsort(-logits, axis=-1)[:, :count]
-        return mx.take_along_axis(logits, ids, axis=-1), ids
-    padded = mx.pad(logits, [(0, 0), (0, blocks * _BLOCK - size)], constant_values=mx.array(-math.inf))
-    padded = padded.reshape(batch, blocks, _BLOCK)
-    best = mx.argpartition(-padded.max(axis=-1), kth=count - 1, axis=-1)[:, :count]  # (B, count) block numbers
-    values = mx.take_along_axis(padded, best[:, :, None], axis=1).flatten(1)  # (B, count * block)
-    order = mx.argpartition(-values, kth=count - 1, axis=-1)[:, :count]
-    values = mx.take_along_axis(values, order, axis=-1)
-    ids = mx.take_along_axis(best, order // _BLOCK, axis=-1) * _BLOCK + order % _BLOCK
-    rank = mx.argsort(-values, axis=-1)
-    return mx.take_along_axis(values, rank, axis=-1), mx.take_along_axis(ids, rank, axis=-1)
+    values, ids = logits, None
+    while (size := values.shape[-1]) > _SORTED_AT_ONCE:
+        block = 1 << (-(-size // _SORTED_AT_ONCE) - 1).bit_length()  # 128 of 262,144; the next power of 2
+        blocks = size // block
+        if 2 * count * block > size:  # nothing much would be left out
+            break
+        rest = mx.arange(blocks * block, size, dtype=mx.uint32)
+        maxima = values[:, : blocks * block].reshape(-1, blocks, block).max(axis=-1)
+        best = mx.argsort(-maxima, axis=-1)[:, :count, None] * block + mx.arange(block, dtype=mx.uint32)
+        columns = best.flatten(1)  # (B, count * block)
+        if rest.size:
+            columns = mx.concatenate([columns, mx.broadcast_to(rest, (columns.shape[0], rest.size))], axis=-1)
+        values = mx.take_along_axis(values, columns, axis=-1)
+        ids = columns if ids is None else mx.take_along_axis(ids, columns, axis=-1)
+    rank = mx.argsort(-values, axis=-1)[:, :count]
+    return mx.take_along_axis(values, rank, axis=-1), rank if ids is None else mx.take_along_axis(ids, rank, axis=-1)
 
 
 def penalise(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:

@@ -28,20 +28,21 @@ def attend(
         return mx.fast.scaled_dot_product_attention(q, keys[0], values[0], scale=scale, mask=mask)
     batch, heads, length, size = q.shape
     groups, count = keys[0].shape[1], keys[0].shape[2]
-    grouped = (q * scale).reshape(batch, groups, heads // groups, length, size)
-    scores = _multiply(grouped, keys, bits=bits, transpose=True)  # (B, K, H / K, L, S)
+    # The H / K queries of a group are rows of one product, so that packed keys are read once for all of them.
+    rows = (q * scale).reshape(batch, groups, heads // groups * length, size)
+    scores = _multiply(rows, keys, bits=bits, transpose=True).reshape(batch, groups, heads // groups, length, count)
     if isinstance(mask, str):
         queries = mx.arange(count - length, count)[:, None]
         mask = (mx.arange(count)[None] <= queries)[None, None]
     if mask is not None:
         scores = mx.where(mask[:, :, None], scores, mx.finfo(scores.dtype).min)
-    weights = mx.softmax(scores, axis=-1, precise=True)
+    weights = mx.softmax(scores, axis=-1, precise=True).reshape(batch, groups, -1, count)
     return _multiply(weights, values, bits=bits, transpose=False).reshape(batch, heads, length, size)
 
 
 def _multiply(x: mx.array, rows: Rows, *, bits: int, transpose: bool) -> mx.array:
-    """x @ rows (or rowsᵀ), the same packed rows for each of the H / K query heads of a group."""
-    weight, scales, biases = (part[:, :, None] for part in rows)
+    """x @ rows, or rowsᵀ"""
+    weight, scales, biases = rows
     return mx.quantized_matmul(x, weight, scales, biases, transpose=transpose, group_size=KV_GROUP, bits=bits)
 
 

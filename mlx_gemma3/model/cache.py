@@ -201,6 +201,7 @@ class Caches:
         self.padding = check_padding(padding)
         self.ends_in_image = False  # the last token read was an image token: its block may not go on in a later call
         self.snapshots: list[Snapshot] = []  # by position
+        self.unsettled: mx.array | None = None  # what a chunk that is being computed ends in: generation/prefill.py
 
     def expect(self, tokens: int) -> None:
         """Make the next room for so many tokens in all: growing by STEP copies everything each time."""
@@ -232,7 +233,7 @@ class Caches:
             twin.take(layer.offset, layer.filled, layer.hold())
             other.layers.append(twin)
         other.padding, other.ends_in_image = self.padding, self.ends_in_image
-        other.snapshots = list(self.snapshots)
+        other.snapshots, other.unsettled = list(self.snapshots), self.unsettled
         return other
 
     def take_snapshot(self, logits: mx.array | None = None, *, budget: int) -> None:

@@ -16,6 +16,9 @@ import os
 import platform
 import re
 import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
@@ -27,9 +30,22 @@ WORK_BYTES = 1 << 30  # beside weights and caches
 LEFT_SHARE, LEFT_BYTES = 0.35, 8 << 30  # of all memory, the larger of both, is left to the system
 WIRING_FROM = 15  # macOS
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _wanted: dict[int, int] = {}  # bytes by engine
 _before: list[int] = []  # the limit that we found
 _lock = threading.Lock()
+
+
+def compiled(function: F) -> F:
+    """Compiled by MLX where there is a GPU: short steps in a row are one kernel. On a CPU MLX would ask for g++."""
+    fused = mx.compile(function)
+
+    @wraps(function)
+    def call(*given: Any) -> Any:
+        return (function if mx.default_device().type == mx.DeviceType.cpu else fused)(*given)
+
+    return cast(F, call)
 
 
 def bound_freed(budget: int) -> None:

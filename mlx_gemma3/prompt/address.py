@@ -30,8 +30,9 @@ from .images import format_of
 MAX_BYTES = 20_000_000  # of a picture that is fetched
 CONNECT_SECONDS = READ_SECONDS = 10.0  # to be connected; between two pieces of the answer
 TOTAL_SECONDS = 30.0  # for everything, redirects included
-MAX_REDIRECTS = 5
+MAX_REDIRECTS, GUARDED_REDIRECTS = 5, 3
 Progress = Callable[[str, int, int], None]  # stage, done, total (0: not known); what it raises ends the work
+Guard = Callable[[str, int], str]  # host and port → the address to connect to
 
 _BEAT = 0.05  # seconds between two questions whether anybody still waits
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -155,10 +156,12 @@ def _bare_base64(source: str) -> bytes | None:
     return None
 
 
-def fetch(url: str, progress: Progress | None = None) -> bytes:
+def fetch(url: str, progress: Progress | None = None, *, guard: Guard | None = None) -> bytes:
     """The bytes at an http or https address.
 
     Args:
+        guard: asked at each hop for the address to connect to, which the name is not looked up again for; what it
+            raises ends the download. No proxy is used then.
         progress: called with ("download", bytes that are here, bytes in all or 0), also while nothing comes; what it
             raises ends the download.
 
@@ -167,7 +170,7 @@ def fetch(url: str, progress: Progress | None = None) -> bytes:
     """
     name, until = f"picture {_shown(url)}", time.monotonic() + TOTAL_SECONDS
     said: queue.SimpleQueue[tuple[int, int] | bytes | Exception] = queue.SimpleQueue()
-    work = _Download(url, name, said)
+    work = _Download(url, name, said, guard)
     threading.Thread(target=work.run, name="mlx-gemma3 picture", daemon=True).start()
     done = total = 0
     try:
@@ -194,8 +197,8 @@ def fetch(url: str, progress: Progress | None = None) -> bytes:
 class _Download:
     """What the thread of a download does, and the way to end it from outside."""
 
-    def __init__(self, url: str, name: str, said: queue.SimpleQueue[Any]) -> None:
-        self._url, self._name, self._said = url, name, said
+    def __init__(self, url: str, name: str, said: queue.SimpleQueue[Any], guard: Guard | None) -> None:
+        self._url, self._name, self._said, self._guard = url, name, said, guard
         self._client: Any = None
         self._unwanted = False
 
@@ -218,11 +221,21 @@ class _Download:
     def _get(self) -> bytes:
         http, url, name = _library(), self._url, self._name
         timeout = http.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-        with http.Client(headers=_HEADERS, timeout=timeout, follow_redirects=False) as self._client:
-            for _ in range(MAX_REDIRECTS + 1):
-                with self._client.stream("GET", url) as answer:
+        guarded = self._guard is not None
+        most = GUARDED_REDIRECTS if guarded else MAX_REDIRECTS
+        with http.Client(
+            headers=_HEADERS, timeout=timeout, follow_redirects=False, trust_env=not guarded
+        ) as self._client:
+            for _ in range(most + 1):
+                asked = http.URL(url)
+                request = self._client.build_request("GET", asked)
+                if self._guard is not None:
+                    port = asked.port or (443 if asked.scheme == "https" else 80)
+                    request.url = asked.copy_with(host=self._guard(asked.host, port))
+                    request.extensions["sni_hostname"] = asked.host
+                with contextlib.closing(self._client.send(request, stream=True)) as answer:
                     if answer.status_code in _REDIRECTS and "location" in answer.headers:
-                        url = _following(answer, name)
+                        url = _following(asked, answer, name)
                         continue
                     if answer.status_code != 200:
                         reason = f" ({answer.reason_phrase})" if answer.reason_phrase else ""
@@ -230,7 +243,7 @@ class _Download:
                             f"{name}: the server answers {answer.status_code}{reason}", do="check the address"
                         )
                     return self._body(answer)
-        raise _failed(name, f"more than {MAX_REDIRECTS} redirects")
+        raise _failed(name, f"more than {most} redirects")
 
     def _body(self, answer: Any) -> bytes:
         said = answer.headers.get("content-length", "")
@@ -247,12 +260,12 @@ class _Download:
         return bytes(content)
 
 
-def _following(answer: Any, name: str) -> str:
+def _following(asked: Any, answer: Any, name: str) -> str:
     """Where a redirect leads. ImageError where it must not be followed."""
-    target = answer.url.join(answer.headers["location"])
+    target = asked.join(answer.headers["location"])
     if target.scheme not in ("http", "https") or not target.host:
         raise _failed(name, f"redirected to {_shown(str(target))}, which is no address of a picture")
-    if answer.url.scheme == "https" and target.scheme == "http":
+    if asked.scheme == "https" and target.scheme == "http":
         raise _failed(name, f"redirected from https to {_shown(str(target))}, where anybody could change it")
     return str(target)
 

@@ -36,21 +36,26 @@ class Answer:
         """Take a token; what can be shown of it now."""
         self.tokens.append(token)
         if likelihood is not None:
-            self.logprobs.append(self._logprob(token, likelihood))
+            self.logprobs.append(token_logprob(self._tokenizer, token, likelihood))
         if token in self._eos_ids:
             self.ended = True
             return None
         marks = self._marks
         text = self._decoder.finish() + marks[token] if token in marks else self._decoder.push(token)
         piece = self._stopper.push(text)
-        self.ended = self._stopper.found
+        self.ended = self._stopper.found is not None
         return self._event(piece) if piece else None
 
     def finish(self) -> TextEvent | None:
         """The answer is over: what was held back."""
         rest = self._stopper.push(self._decoder.finish()) + self._stopper.finish()
-        self.ended = self.ended or self._stopper.found
+        self.ended = self.ended or self._stopper.found is not None
         return self._event(rest) if rest else None
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended it."""
+        return self._stopper.found
 
     def _event(self, text: str) -> TextEvent:
         self.text += text
@@ -60,13 +65,14 @@ class Answer:
         self._told = len(self.tokens)
         return event
 
-    def _logprob(self, token: int, likelihood: Likelihood) -> TokenLogprob:
-        top = [self._one(other, logprob) for other, logprob in likelihood.top]
-        one = self._one(token, likelihood.logprob)
-        return {"token": token, "text": one["text"], "logprob": one["logprob"], "top": top}
 
-    def _one(self, token: int, logprob: float) -> Logprob:
-        return {"token": token, "text": self._tokenizer.decode([token]), "logprob": logprob}
+def token_logprob(tokenizer: Tokenizer, token: int, likelihood: Likelihood) -> TokenLogprob:
+    """What is told of a token's likelihood."""
+
+    def one(token: int, logprob: float) -> Logprob:
+        return {"token": token, "text": tokenizer.decode([token]), "logprob": logprob}
+
+    return {**one(token, likelihood.logprob), "top": [one(*other) for other in likelihood.top]}
 
 
 def _marks(stop: Sequence[str], tokenizer: Tokenizer) -> dict[int, str]:
@@ -82,7 +88,7 @@ def _marks(stop: Sequence[str], tokenizer: Tokenizer) -> dict[int, str]:
 class StopStrings:
     """Lets text through until one of some strings appears, wherever the borders between pieces fall.
 
-    `found` turns true when one did; what stood before it was let through, it and what follows are dropped.
+    `found` says which did; what stood before it was let through, it and what follows are dropped.
 
     Args:
         strings: what to look for.
@@ -90,8 +96,9 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str], names: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.strings = tuple(dict.fromkeys(both for one in strings for both in (one, _replaced(one, names))))
-        self.found = False
+        # as they may stand in the text → as they were given
+        self.strings = {both: one for one in reversed(strings) for both in (_replaced(one, names), one)}
+        self.found: str | None = None  # the string that appeared
         self._held = ""
         self._marks = str.maketrans(dict.fromkeys(names.values(), ""))
 
@@ -100,9 +107,9 @@ class StopStrings:
         if self.found or not self.strings:
             return "" if self.found else text
         self._held += text
-        places = [place for string in self.strings if (place := self._held.find(string)) >= 0]
+        places = {place: string for string in self.strings if (place := self._held.find(string)) >= 0}
         if places:
-            self.found = True
+            self.found = self.strings[places[min(places)]]
             out, self._held = self._held[: min(places)], ""
             return out.translate(self._marks)
         keep = max(_overlap(self._held, string) for string in self.strings)

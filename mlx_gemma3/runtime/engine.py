@@ -16,6 +16,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, overload
 from ..boundary.arguments import takes
 from ..errors import OptionError
 from ..prompt import snapshot
+from ..prompt.tokenizer import Tokenizer
 from . import session_file
 from .conversation import Conversation
 from .loaded import About, EngineOptions
@@ -140,6 +141,16 @@ class Engine:
         """What was loaded. Waits for the model, never for an answer."""
         return self._thread.loaded.about
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's vocabulary; any thread may use it. Waits for the model."""
+        return self._thread.loaded.tokenizer
+
+    @property
+    def waiting(self) -> int:
+        """How many requests are in line now."""
+        return self._thread.waiting
+
     def count_tokens(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> int:
         """How many tokens the prompt of such a request has. Prepared in this thread, beside answers.
 
@@ -158,7 +169,8 @@ class Engine:
 
         Args:
             prompt: a user's words, or messages as `{"role", "content"}` dicts. For a base checkpoint, or with
-                raw=True, a string is the text to complete; a picture's place in it is `<start_of_image>`.
+                raw=True, a string is the text to complete; a picture's place in it is `<start_of_image>`. A list of
+                token ids is completed as it is.
             images: paths, addresses (https, http, data, file), bytes of picture files, or PIL images, or one of them;
                 they stand before a string's words, or fill the picture items of the messages in order.
             options: the fields of `Options`; None is the default.
@@ -171,6 +183,25 @@ class Engine:
         request = Request(snapshot.said(prompt), snapshot.copied(snapshot.pictures(images)), Options.build(options))
         self._thread.submit(request)
         return Stream(request, self)
+
+    @takes(n="whole")
+    def streams(
+        self, prompt: str | Messages, *, n: int, images: Pictures = (), **options: Unpack[OptionValues]
+    ) -> list[Stream]:
+        """As `stream`, `n` answers to one prompt, which is read once.
+
+        With a seed the first has that one, the next one more, and so on.
+        """
+        if n < 1:
+            raise OptionError("n", got=n, want=">= 1")
+        settings = Options.build(options)
+        first = Request(snapshot.said(prompt), snapshot.copied(snapshot.pictures(images)), settings)
+        requests = [first]
+        for number in range(1, n):
+            seed = None if settings.seed is None else (settings.seed + number) % 2**64
+            requests.append(Request(first.prompt, first.images, replace(settings, seed=seed), like=first))
+        self._thread.submit(*requests)
+        return [Stream(request, self) for request in requests]
 
     def astream(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> AsyncStream:
         """As `stream`, for asyncio: `async for piece in engine.astream(…)`. Cancelling the task cancels the answer."""
@@ -191,8 +222,7 @@ class Engine:
         """As `stream`, and wait for the whole answer.
 
         Args:
-            n: so many answers, as a list; the prompt is read once. With a seed the first has that one, the next one
-                more, and so on.
+            n: so many answers, as a list; see `streams`.
 
         Raises:
             Gemma3Error: whatever went wrong.
@@ -200,16 +230,7 @@ class Engine:
         if n is None:
             with self.stream(prompt, images=images, **options) as stream:
                 return stream.reply
-        if n < 1:
-            raise OptionError("n", got=n, want=">= 1")
-        settings = Options.build(options)
-        first = Request(snapshot.said(prompt), snapshot.copied(snapshot.pictures(images)), settings)
-        requests = [first]
-        for number in range(1, n):
-            seed = None if settings.seed is None else (settings.seed + number) % 2**64
-            requests.append(Request(first.prompt, first.images, replace(settings, seed=seed), like=first))
-        self._thread.submit(*requests)
-        streams = [Stream(request, self) for request in requests]
+        streams = self.streams(prompt, n=n, images=images, **options)
         try:
             return [stream.reply for stream in streams]
         finally:
@@ -238,6 +259,10 @@ class Engine:
         if system is not None:
             raise OptionError("system", got="a text for a conversation that has begun", want="none")
         return Session(self, self._thread.call(lambda scheduler: session_file.read(resume, scheduler)))
+
+    def stop(self) -> None:
+        """As `close`, and wait for nothing."""
+        self._thread.stop()
 
     def close(self) -> None:
         """Cancel what is in work, end the thread, free the model. Any thread, any number of times.

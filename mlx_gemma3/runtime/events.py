@@ -52,8 +52,10 @@ class DoneEvent(TypedDict):
     text: str
     tokens: list[int]  # as generated, the one that ended the answer included
     finish_reason: Literal["stop", "length", "cancelled"]
+    stop: NotRequired[str]  # the string that ended it, where it was one
     usage: Usage
     logprobs: NotRequired[list[TokenLogprob]]  # when asked for
+    prompt_logprobs: NotRequired[list[TokenLogprob | None]]  # when asked for; of the first token there is none
 
 
 class ErrorEvent(TypedDict):

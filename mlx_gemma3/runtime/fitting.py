@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..checkpoint.load import Checkpoint
+from ..checkpoint.load import Checkpoint, open_checkpoint
 from ..checkpoint.memory import (
     GIB,
     WEIGHT_BITS,
@@ -14,6 +14,7 @@ from ..checkpoint.memory import (
     this_machine,
     vision_bytes,
 )
+from ..checkpoint.source import resolve
 from ..checkpoint.weights import open_store
 from ..errors import MemoryNeedError
 
@@ -33,7 +34,7 @@ def check_memory(
     config = checkpoint.config
     usual = min(USUAL_CONTEXT, config.text.max_position_embeddings)
     caches = sum(cache_bytes(config, usual, kv_bits=kv_bits, local_kv_bits=local_kv_bits, dtype_bytes=dtype_bytes))
-    picture = vision_bytes(config, dtype_bytes=dtype_bytes)
+    picture = vision_bytes(config, dtype_bytes=dtype_bytes, fused=machine.metal)
     if 8 * _file_bytes(checkpoint) + caches + picture + GIB < machine.budget and max_context is None:
         return  # far from the border: 4 bits would have to become 32 to reach it
     weights = loaded_bytes(open_store(checkpoint).entries, dtype_bytes=dtype_bytes)
@@ -110,3 +111,14 @@ def _file_bytes(checkpoint: Checkpoint) -> int:
     if checkpoint.gguf is not None:
         return sum(header.nbytes for header in checkpoint.gguf if header is not None)
     return sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))
+
+
+def needed_bytes(source: str, *, dtype: str = "auto", text_only: bool = False, quiet: bool = True, **_: object) -> int:
+    """Bytes that a model's weights would take here. Fetches it if need be.
+
+    Raises:
+        Gemma3Error: it cannot be found or understood.
+    """
+    checkpoint = open_checkpoint(resolve(source, text_only=text_only, quiet=quiet), text_only=text_only)
+    dtype_bytes = {"float32": 4, "bfloat16": 2}.get(dtype, this_machine().dtype_bytes)
+    return loaded_bytes(open_store(checkpoint).entries, dtype_bytes=dtype_bytes)

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from ..errors import Gemma3Error
 from ..generation.batch import Row, Written
-from .answer import Answer
+from ..generation.choice import Score
+from ..prompt.tokenizer import Tokenizer
+from .answer import Answer, token_logprob
 from .events import DoneEvent, Usage, no_usage
 from .request import Prepared, Request
 from .timeline import Timeline, Tokens
@@ -35,6 +37,8 @@ class Job:
         self.recalled: Timeline | None = None  # what was read
         self.row: Row | None = None
         self.answer: Answer | None = None
+        count = request.options.prompt_logprobs
+        self.score = None if count is None else Score(count)
         self.kv_bytes = 0  # that it may come to need
         self.error: Gemma3Error | None = None  # of preparing it
         self._usage = no_usage()
@@ -135,7 +139,7 @@ class Job:
         if (event := self.answer.push(written.token, written.likelihood)) is not None:
             self.request.put(event)
 
-    def ends(self, reason: str, eos_ids: frozenset[int]) -> DoneEvent:
+    def ends(self, reason: str, eos_ids: frozenset[int], tokenizer: Tokenizer) -> DoneEvent:
         """The answer is over, the conversation goes on from here. Returns the event that tells it."""
         answer, usage, timeline = self.answer, self._usage, self.timeline
         ids: list[int] = []
@@ -154,8 +158,13 @@ class Job:
         if self.conversation is not None and timeline is not None:
             self.conversation.answered(ids, text, eos_ids)
         done = done_event(text, ids, reason, usage)
+        if answer is not None and answer.stop is not None:
+            done["stop"] = answer.stop
         if answer is not None and self.request.options.logprobs is not None:
             done["logprobs"] = answer.logprobs
+        if self.score is not None and self.tokens is not None:
+            scored = zip(self.tokens.ids[1:], self.score.found, strict=False)
+            done["prompt_logprobs"] = [None, *(token_logprob(tokenizer, token, found) for token, found in scored)]
         return done
 
     def undo(self) -> None:

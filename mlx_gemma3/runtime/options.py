@@ -36,6 +36,7 @@ class OptionValues(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     seed: int | None
     logprobs: int | None
+    prompt_logprobs: int | None
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,18 @@ class Options:
         talk=False,
         sampling=True,
     )
+    # The same of the prompt's tokens, the first of which has none; the whole prompt is read then.
+    prompt_logprobs: int | None = _set(
+        None, "whole", "Log-probabilities of the prompt's tokens too.", low=0, high=20, **_REQUEST
+    )
 
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, argument(name, getattr(self, name), setting.kind, default_of(name)))
         if self.max_tokens < 1:
             raise OptionError("max_tokens", got=described(self.max_tokens), want="a whole number >= 1")
+        if self.prompt_logprobs is not None and not 0 <= self.prompt_logprobs <= 20:
+            raise OptionError("prompt_logprobs", got=described(self.prompt_logprobs), want="0 to 20")
         if not all(self.stop):
             raise OptionError("stop", got=described(list(self.stop)), want="strings that are not empty")
         self.sampling({})

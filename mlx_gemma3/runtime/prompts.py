@@ -44,6 +44,12 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
     Raises:
         OptionError, PromptError: options that do not belong to such a prompt.
     """
+    if is_tokens(prompt):
+        if options.system is not None or options.continue_final_message or images:
+            raise PromptError(
+                "prompt", got="token ids", want="them alone", do="a system text or pictures need messages"
+            )
+        return prompt
     if isinstance(prompt, str):
         if options.continue_final_message:
             raise OptionError("continue_final_message", got="a text", want="messages, the last to be gone on with")
@@ -68,7 +74,13 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
 def processed(
     loaded: Loaded, prompt: str | Messages, images: list[Picture], options: Options, progress: Progress
 ) -> Prepared:
-    """Tokens and pixels of a text to complete, or of messages."""
+    """Tokens and pixels of a text or token ids to complete, or of messages."""
+    if is_tokens(prompt):
+        ids: list[Any] = list(prompt)
+        vocabulary = loaded.config.text.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise PromptError("prompt", got="token ids beyond the vocabulary", want=f"0 to {vocabulary - 1}")
+        return Prepared(Tokens(tuple(ids)), {}, 0)
     # What users type must not act as control tokens: `<end_of_turn>` in a message does not end the turn.
     found = loaded.processor.prepare(
         prompt,
@@ -84,6 +96,11 @@ def processed(
     return Prepared(tokens, dict(zip(digests, pixels, strict=True)), found.image_count)
 
 
+def is_tokens(prompt: object) -> bool:
+    """Whether it is a list of token ids, to be completed as they are."""
+    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
+
+
 def completes(loaded: Loaded, options: Options) -> bool:
     """Whether a text is completed, not answered."""
     return not loaded.checkpoint.instruct if options.raw is None else options.raw
@@ -91,8 +108,10 @@ def completes(loaded: Loaded, options: Options) -> bool:
 
 def end_ids(loaded: Loaded, request: Request) -> frozenset[int]:
     """The tokens that end an answer: in a chat, whose turns are written here, <end_of_turn> is always one."""
-    text = request.conversation is None and isinstance(request.prompt, str) and completes(loaded, request.options)
-    return loaded.eos_ids if text else loaded.eos_ids | {loaded.end_of_turn}
+    prompt = request.prompt
+    text = isinstance(prompt, str) and completes(loaded, request.options)
+    completed = request.conversation is None and (text or is_tokens(prompt))
+    return loaded.eos_ids if completed else loaded.eos_ids | {loaded.end_of_turn}
 
 
 def check_turn(options: Options) -> None:

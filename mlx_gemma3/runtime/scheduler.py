@@ -108,6 +108,8 @@ class Scheduler:
 
     def turn(self) -> None:
         """Let in who can come in, read one chunk, write one token of each answer."""
+        if self._line or len(self.running) > 1 or any(job.request.cancelled for job in self._readers):
+            self._settle()
         if self._line:
             self._walk()
             self._admit()
@@ -277,6 +279,8 @@ class Scheduler:
         recalled: Timeline | None = None
         if job.conversation is not None:
             timeline = job.conversation.timeline
+        elif job.score is not None:
+            timeline = self.new_timeline()  # what was read already has no likelihoods
         else:
             timeline, reused = self.pool.best(tokens)
             for other in self.running:
@@ -357,6 +361,16 @@ class Scheduler:
             if job.request.cancelled:
                 self._end(job, "cancelled")
 
+    def _settle(self) -> None:
+        """Wait for the chunk that a prompt alone had left to the GPU, so that its errors are nobody else's."""
+        for job in list(self._readers):
+            assert job.timeline is not None
+            try:
+                job.timeline.settle()
+            except Exception as error:
+                self._count(error)
+                self._fail(job, error)
+
     def _read_one(self) -> None:
         """One chunk of the first reader, or one picture of it; then it is the next reader's turn."""
         job = self._readers.popleft()
@@ -371,10 +385,14 @@ class Scheduler:
                 job.features(missing, self.encode)
                 job.encoded()
                 return
-            began = perf_counter()
-            count = timeline.read_chunk(lambda number: job.features(number, self.encode), most)
+            began, settled = perf_counter(), timeline.settled
+            alone = not self._readers and not self._writers
+            count = timeline.read_chunk(
+                lambda number: job.features(number, self.encode), most, ahead=alone, score=job.score
+            )
             self.device_errors = 0
-            self._read_rate = _smoothed(self._read_rate, count / max(perf_counter() - began, 1e-9))
+            if timeline.settled is settled:  # else it took the time of no chunk, or of two
+                self._read_rate = _smoothed(self._read_rate, count / max(perf_counter() - began, 1e-9))
             job.read()
             if timeline.logits is None:
                 self._readers.append(job)
@@ -437,7 +455,7 @@ class Scheduler:
 
     def _end(self, job: Job, reason: str) -> None:
         self._leave(job)
-        done = job.ends(reason, end_ids(self.loaded, job.request))
+        done = job.ends(reason, end_ids(self.loaded, job.request), self.loaded.tokenizer)
         if job.conversation is None and job.timeline is not None:
             self.pool.put(job.timeline)
         job.request.put(done)

@@ -39,6 +39,7 @@ class Reply:
     finish_reason: str  # "stop" | "length" | "cancelled"
     usage: Usage
     logprobs: list[TokenLogprob] | None = None  # one for each of `tokens`, when they were asked for
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # and of the prompt's; of its first there is none
 
 
 def check_process(loaded_in: int) -> None:
@@ -174,7 +175,14 @@ class Stream:
             pass
         end = self._end
         assert end is not None and end["kind"] == "done", end
-        return Reply(end["text"], end["tokens"], end["finish_reason"], end["usage"], end.get("logprobs"))
+        return Reply(
+            end["text"],
+            end["tokens"],
+            end["finish_reason"],
+            end["usage"],
+            end.get("logprobs"),
+            end.get("prompt_logprobs"),
+        )
 
     def listen(self, listener: Callable[[], None] | None) -> None:
         """Call this whenever an event has come, in the engine's thread, which waits for it; None: call nothing."""

@@ -84,8 +84,7 @@ class EngineThread(threading.Thread):
         with self._lock:
             self._check_open()
             if self._error is None:
-                waiting = self._queue.qsize() + (self._scheduler.waiting if self._scheduler is not None else 0)
-                most = self._options.queue + self._options.parallel
+                waiting, most = self.waiting, self._options.queue + self._options.parallel
                 if waiting + len(requests) > most:
                     raise BusyError(
                         "queue", got=f"{waiting} requests that wait", want=f"at most {most}", do="wait for one to end"
@@ -95,6 +94,11 @@ class EngineThread(threading.Thread):
                 return
         for request in requests:
             request.fail(known(self._error))
+
+    @property
+    def waiting(self) -> int:
+        """How many are in line now. Any thread may ask."""
+        return self._queue.qsize() + (self._scheduler.waiting if self._scheduler is not None else 0)
 
     def call(self, work: Callable[[Scheduler], T], conversation: Conversation | None = None) -> T:
         """Run something in the thread, between two steps, and wait for its result.

@@ -17,7 +17,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..generation.prefill import check_length, chunk_end, image_runs, read_chunk, spans_within, usual_chunk
+from ..generation.choice import Score
+from ..generation.prefill import check_length, chunk_end, image_runs, read_chunk, settle, spans_within, usual_chunk
 from ..model.cache import Caches
 from ..model.runner import Runner
 
@@ -150,6 +151,11 @@ class Timeline:
         """Of the caches and the snapshots."""
         return self.caches.nbytes + sum(snapshot.nbytes for snapshot in self.caches.snapshots)
 
+    @property
+    def settled(self) -> bool:
+        """Whether all that was read is computed."""
+        return self.caches.unsettled is None
+
     def fork(self) -> Timeline:
         """The same once more; keys and values are shared until one of the two writes."""
         other = Timeline(self.runner, self.caches.fork(), identity=self.identity, snapshot_bytes=self.snapshot_bytes)
@@ -204,11 +210,20 @@ class Timeline:
         """Which pictures of the prompt lie in a range of its tokens."""
         return list(spans_within(self._prompt.spans, begin, end))
 
-    def read_chunk(self, features: Callable[[int], mx.array], most: int | None = None) -> int:
+    def read_chunk(
+        self,
+        features: Callable[[int], mx.array],
+        most: int | None = None,
+        *,
+        ahead: bool = False,
+        score: Score | None = None,
+    ) -> int:
         """Read some more of the prompt; `logits` are there when it was the last of it.
 
         Args:
             features: (T, D) of the n-th picture of the prompt; asked only for those that are read.
+            score: takes the likelihood of each token that is read, but of the prompt's first.
+            ahead: return before all of it is computed; `settle` waits.
 
         Returns:
             the count of tokens that were read.
@@ -217,11 +232,19 @@ class Timeline:
         prompt = self._prompt
         inside = spans_within(prompt.spans, begin, end)
         pictures, spans = [features(number) for number in inside], list(inside.values())
-        logits = read_chunk(self.runner, prompt.ids[begin:end], self.caches, pictures, spans, last=end == len(prompt))
+        ids, last = prompt.ids[begin:end], end == len(prompt)
+        following = prompt.ids[begin + 1 : end + 1] if score is not None else ()
+        logits = read_chunk(
+            self.runner, ids, self.caches, pictures, spans, last=last, ahead=ahead, score=score, following=following
+        )
         self.tokens, self.logits = prompt.head(end), logits
         if logits is not None or end == self._border:
             self.caches.take_snapshot(logits, budget=self.snapshot_bytes)
         return end - begin
+
+    def settle(self) -> None:
+        """Wait for the chunk that is being computed, if there is one; what went wrong in it is raised here."""
+        settle(self.caches)
 
     def _before_last(self, prompt: Tokens) -> int:
         """One token less, or the whole of an image block that ends the prompt."""
