@@ -1,7 +1,7 @@
 # What CI runs: make check test bench docs. The environment is made once, by the first target that needs it.
 PYTHON ?= .venv/bin/python
 
-.PHONY: check test test-slow swift-test bench docs goldens demo-accuracy
+.PHONY: check test test-slow swift-test bench mac-check docs goldens demo-accuracy
 
 $(PYTHON):
 	python3 -m venv .venv
@@ -26,6 +26,10 @@ swift-test:
 
 bench: $(PYTHON)
 	$(PYTHON) bench/start.py
+
+# What only a Mac can show (docs/mac.md), in one file for a bug report: make mac-check ARGS=--quick
+mac-check: $(PYTHON)
+	$(PYTHON) bench/mac_check.py $(ARGS)
 
 docs: $(PYTHON)
 	$(PYTHON) docs/generate.py

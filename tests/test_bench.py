@@ -64,6 +64,7 @@ def test_the_json_has_every_figure_and_they_agree(chat_folder: Path, run: Run) -
     about = json.loads(run("-m", chat_folder, *QUICK, "--batch", 2, "--images", 2, "--json"))
     assert about["model"] == str(chat_folder) and about["size"] is None and about["dtype"] == "float32"
     assert set(about["versions"]) == {"mlx", "mlx-gemma3"} and about["load_seconds"] > 0
+    assert about["machine"]["backend"] and about["machine"]["mlx"] == about["versions"]["mlx"]
     assert about["bandwidth"] == {"device": "a test", "bytes_per_second": SPEED, "source": "published"}
     assert [row["tokens"] for row in about["prompts"]] == [5, 9]
     assert [row["context"] for row in about["decoding"]] == [3, 40]
@@ -94,7 +95,9 @@ def spreads(about: Any) -> Iterator[dict[str, float]]:
 def test_the_table_has_a_line_for_each_figure(text_folder: Path, run: Run) -> None:
     lines = run("-m", text_folder, *QUICK).splitlines()
     starts = [line.split()[0] for line in lines if line]
-    assert starts[3:] == ["memory", "prompt", "5", "9", "decode", "3", "40", "sampling", "greedy", "top-k", "min-p"]
+    assert starts[0] == "chip"
+    figures = starts[starts.index("load") + 1 :]
+    assert figures == ["memory", "prompt", "5", "9", "decode", "3", "40", "sampling", "greedy", "top-k", "min-p"]
     assert "memory bandwidth 4 GB/s, published" in lines
     assert all(re.search(r"\(\S+ to \S+\)", line) for line in lines if line[:1].isspace() or "top-k" in line)
 

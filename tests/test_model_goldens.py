@@ -6,13 +6,12 @@ Greedy tokens are compared exactly: every step of every golden has a top-1/top-2
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from golden_cases import BATCHES, BFLOAT16, CASES, GOLDENS, IMAGES, all_pixels, difference, load_case, whole
 
 import mlx_gemma3
 import mlx_gemma3.model.text
@@ -23,78 +22,15 @@ from mlx_gemma3.model.gemma3 import Gemma3
 from mlx_gemma3.model.masks import attention_mask
 from mlx_gemma3.model.runner import Runner
 
-GOLDENS = Path(__file__).parent / "goldens" / "model"
-CASES = sorted((path.parents[1].name, path.stem) for path in GOLDENS.glob("*/cases/*.npz") if "batch" not in path.stem)
-BATCHES = sorted((path.parents[1].name, path.stem) for path in GOLDENS.glob("*/cases/batch*.npz"))
-IMAGES = [(kind, name) for kind, name in CASES if kind == "image" and name != "text_only"]
-BFLOAT16 = [("text", "window_plus_1"), ("text", "five_windows"), ("image", "text_only"), ("image", "three_interleaved")]
-
 # float32 sums in another order: 2e-5 on a CPU. The smallest mistake tried (erf instead of tanh GELU) shows 3e-3 in the
 # decoder; in the tower it reaches the logits as 5e-4 only, so the tower is compared on its own, within 1e-4.
 TOLERANCE = 1e-3
 Mask = mx.array | str | None
 
 
-@dataclass(frozen=True)
-class Case:
-    """One golden: a prompt, what follows it, and the reference's logits at some positions of both."""
-
-    tokens: list[int]
-    pixels: np.ndarray | None  # (n, 56, 56, 3)
-    generated: list[int]
-    positions: np.ndarray  # (P,) into tokens + generated
-    logits: np.ndarray  # (P, V)
-    bfloat16_logits: np.ndarray | None
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """The image tokens (id 270), block by block."""
-        image = np.pad(np.array(self.tokens) == 270, 1).astype(int)
-        return list(zip(np.flatnonzero(np.diff(image) > 0), np.flatnonzero(np.diff(image) < 0), strict=True))
-
-    def pictures(self, start: int, stop: int) -> np.ndarray | None:
-        """The pixels that belong to these tokens."""
-        if self.pixels is None:
-            return None
-        before, count = self.tokens[:start].count(270) // 4, self.tokens[start:stop].count(270) // 4
-        return self.pixels[before : before + count] if count else None
-
-
-def to_pixels(levels: np.ndarray) -> np.ndarray:
-    """0..255 → [-1, 1] as the reference's processor does it."""
-    unit = (levels.astype(np.float64) * 0.00392156862745098).astype(np.float32)
-    return (unit - np.float32(0.5)) / np.float32(0.5)
-
-
-def all_pixels() -> np.ndarray:
-    return to_pixels(np.load(GOLDENS / "image" / "pictures.npz")["levels"])
-
-
-def load_case(kind: str, name: str) -> Case:
-    data = np.load(GOLDENS / kind / "cases" / f"{name}.npz")
-    pictures = data.get("pictures", np.array([], np.int32))
-    return Case(
-        tokens=data["tokens"].tolist(),
-        pixels=all_pixels()[pictures] if len(pictures) else None,
-        generated=data["generated"].tolist(),
-        positions=data["positions"],
-        logits=data["logits"],
-        bfloat16_logits=data.get("bfloat16_logits"),
-    )
-
-
 @pytest.fixture(scope="module")
 def models() -> dict[str, Gemma3]:
     return {kind: mlx_gemma3.load_model(GOLDENS / kind, dtype="float32") for kind in ("text", "image")}
-
-
-def difference(ours: mx.array, golden: np.ndarray) -> float:
-    return float(np.abs(np.array(ours.astype(mx.float32)) - golden).max())
-
-
-def whole(model: Gemma3, case: Case) -> mx.array:
-    """Logits (P, V) of prompt and continuation, in one call without caches."""
-    return model(mx.array([case.tokens + case.generated]), pixels=case.pixels)[0, mx.array(case.positions)]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

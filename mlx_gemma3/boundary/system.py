@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 
 from ..errors import DeviceError
@@ -37,6 +38,12 @@ def keep_float32() -> None:
     MLX reads it at its first product. A value that the user set stays. bfloat16 is not concerned.
     """
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+
+def tf32() -> bool:
+    """Whether MLX may multiply float32 as TF32, on a chip that can: its `enable_tf32`, by C's atoi."""
+    found = re.match(r"\s*[+-]?\d+", os.environ.get("MLX_ENABLE_TF32", "1"))
+    return found is not None and int(found[0]) != 0
 
 
 def _for_macos_26() -> bool:

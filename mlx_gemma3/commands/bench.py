@@ -10,7 +10,7 @@ import typer
 
 from ..errors import OptionError
 from ..visible import one_line
-from .inspect import amount, table
+from .inspect import amount, machine_lines, table
 from .terminal import Status, emit, print_notes, say
 
 if TYPE_CHECKING:
@@ -99,9 +99,11 @@ def report(found: Benchmark) -> list[str]:
     plan, speed = found.plan, found.bandwidth
     size = f" ({found.size})" if found.size else ""
     lines = [
+        *machine_lines(found.machine),
+        "",
         f"{one_line(found.model)}{size}, "
         f"{found.dtype}, KV {plan.kv_bits} bits, median of {plan.repeat} (lowest to highest)",
-        f"{speed.device}, {found.platform}, mlx-gemma3 {found.versions['mlx-gemma3']}, mlx {found.versions['mlx']}",
+        f"mlx-gemma3 {found.versions['mlx-gemma3']}, {found.platform}",
         f"load {found.load_seconds:.2f} s, weights {amount(found.weights)}",
         f"memory bandwidth {speed.bytes_per_second / 1e9:.0f} GB/s, {speed.source}",
         "",

@@ -1,4 +1,4 @@
-"""`mlx-gemma3 inspect`: what is in a checkpoint, from its headers; no weight is read."""
+"""`mlx-gemma3 inspect`: what is in a checkpoint, from its headers, and what this machine is; no weight is read."""
 
 from __future__ import annotations
 
@@ -9,24 +9,44 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import OptionError
 from ..visible import one_line
 from .terminal import columns, emit, print_notes, say
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(help="Alias, folder, owner/name on the Hub, or .gguf file.")],
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="Alias, folder, owner/name on the Hub, or .gguf file; not needed with --machine.", show_default=False
+        ),
+    ] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
+    about_machine: Annotated[
+        bool, typer.Option("--machine", help="This machine: chip, memory, limits, the kernels of attention.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show what a checkpoint holds, how it is packed, and what memory it needs, without loading it."""
+    if source is None:
+        if not about_machine:
+            raise OptionError("SOURCE", got="none", want="a checkpoint, or --machine")
+        from ..measure.machine import machine
+
+        found = machine()
+        if as_json:
+            emit(found)
+        else:
+            say("\n".join(machine_lines(found)))
+        return
     from ..measure.contents import contents
 
-    about = contents(source, text_only=text_only, quiet=as_json)
+    about = contents(source, text_only=text_only, quiet=as_json, machine=about_machine)
     print_notes(about["notes"], quiet=as_json)
     if as_json:
         emit(about)
     else:
-        say("\n".join(report(about)))
+        say("\n".join([*report(about), *(["", *machine_lines(about["machine"])] if about_machine else [])]))
 
 
 def report(about: dict[str, Any]) -> list[str]:
@@ -64,6 +84,46 @@ def report(about: dict[str, Any]) -> list[str]:
         rows.append([f"{context:,}", *(amount(row["total"]) for row in same)])
     lines += [f"memory on a Mac, weights {amount(memory[0]['weights'])} of it:", *table(rows, ">>>>")]
     return lines
+
+
+def machine_lines(about: dict[str, Any]) -> list[str]:
+    """What `measure.machine.machine` found, as lines of text."""
+    metal = about["wired"] is not None
+    working = f"{amount(about['working_set'])}, what Metal recommends at most" if metal else "no Metal"
+    wired = f"{amount(about['wired'])}, at most" if about["wired"] else "none"
+    rows = [
+        ["chip", one_line(about["chip"]) + (f", {one_line(name)}" if (name := about["architecture"]) else "")],
+        ["system", one_line(about["system"])],
+        ["mlx", about["mlx"]],
+        ["memory", amount(about["memory"])],
+        ["working set", working],
+        ["wired limit", wired if metal else "no Metal"],
+        ["TF32", "float32 may be TF32" if about["tf32"] else "off: float32 stays float32"],
+        ["attention", "by Metal's kernels:" if about["attention"] else about["backend"]],
+    ]
+    lines = table(rows, "<<", headed=False)
+    return [*lines, *_attention_lines(about["attention"])] if about["attention"] else lines
+
+
+def _attention_lines(found: list[dict[str, Any]]) -> list[str]:
+    """A line for each kind of layer, for steps and for prompts; models whose paths are the same share it."""
+    contexts = list(dict.fromkeys(row["context"] for row in found if row["context"] is not None))
+    lines: dict[tuple[str, ...], tuple[list[str], set[int]]] = {}
+    for model, layer, step in dict.fromkeys((row["model"], row["layer"], row["queries"] == 1) for row in found):
+        same = [row for row in found if (row["model"], row["layer"], row["queries"] == 1) == (model, layer, step)]
+        by_context = {row["context"]: row["path"] for row in same}
+        paths = [by_context.get(context, "-") for context in contexts]
+        if layer == "tower":  # knows no context
+            paths = [by_context[None], *[""] * (len(contexts) - 1)]
+        models, queries = lines.setdefault((layer, "step" if step else "chunk", *paths), ([], set()))
+        models.append(model)
+        queries |= {row["queries"] for row in same}
+    rows = [["layers", "of", "queries", *(f"{context:,} tokens" for context in contexts)]]
+    for (layer, _, *paths), (models, queries) in sorted(lines.items(), key=lambda item: item[0][1], reverse=True):
+        least, most = min(queries), max(queries)
+        count = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+        rows.append([layer, ", ".join(models), count, *paths])
+    return table(rows, "<<>" + "<" * len(contexts))
 
 
 def _matrix_lines(matrices: dict[str, Any]) -> list[str]:

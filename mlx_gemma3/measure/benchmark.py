@@ -30,6 +30,7 @@ from ..generation.sampling import Sampling
 from ..model.cache import KV_BITS, KV_GROUP, SLACK
 from ..model.runner import Runner, on_device
 from ..runtime.fitting import check_memory
+from .machine import machine
 from .roofline import Bandwidth, bandwidth, step_kv_bytes, step_weight_bytes
 
 PROMPTS = (512,)
@@ -155,6 +156,7 @@ class Benchmark:
     dtype: str  # of the activations
     versions: dict[str, str]
     platform: str
+    machine: dict[str, Any]  # measure.machine.machine, with this model's attention
     bandwidth: Bandwidth
     plan: Plan
     load_seconds: float
@@ -221,6 +223,7 @@ def measure(
         dtype=str(runner.dtype).removeprefix("mlx.core."),
         versions={name: version(name) for name in ("mlx-gemma3", "mlx")},
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        machine=machine(checkpoint.config, dtype_bytes=runner.dtype.size, kv_bits=plan.kv_bits),
         bandwidth=speed,
         plan=plan,
         load_seconds=load_seconds,

@@ -18,18 +18,21 @@ from ..checkpoint.weights import open_store
 from ..errors import TokenizerError
 from ..model.cache import KV_BITS
 from ..prompt.vocabulary import VOCABULARIES
+from .machine import machine as this_machine
 
 CONTEXTS = (4096, 32768, 131072)
 
 
-def contents(source: str, *, text_only: bool, quiet: bool) -> dict[str, Any]:
+def contents(source: str, *, text_only: bool, quiet: bool, machine: bool = False) -> dict[str, Any]:
     """Everything about a checkpoint; sizes in bytes.
 
     Args:
         quiet: no progress of a download.
+        machine: this machine too, with this checkpoint's attention.
     """
     checkpoint = open_checkpoint(resolve(source, text_only=text_only, quiet=quiet), text_only=text_only)
-    return _describe(checkpoint, open_store(checkpoint).entries)
+    about = _describe(checkpoint, open_store(checkpoint).entries)
+    return about | ({"machine": this_machine(checkpoint.config)} if machine else {})
 
 
 def _describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any]:

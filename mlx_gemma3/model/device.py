@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -22,6 +21,8 @@ from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
+from ..boundary.system import tf32
+from .attention_path import Gpu
 from .chunks import unfused_chunk
 
 STEPS_BETWEEN = 256  # tokens of an answer
@@ -70,7 +71,7 @@ def leave_thread() -> None:
 
 def wire(owner: int, nbytes: int) -> None:
     """Keep so many bytes more resident, until `unwire`. Does nothing without Metal, or before macOS 15."""
-    if not mx.metal.is_available() or _macos() < (WIRING_FROM,):
+    if not may_wire():
         return
     with _lock:
         _wanted[owner] = nbytes
@@ -82,6 +83,11 @@ def unwire(owner: int) -> None:
     with _lock:
         if _wanted.pop(owner, None) is not None:
             _apply()
+
+
+def may_wire() -> bool:
+    """With Metal, from macOS 15 on."""
+    return mx.metal.is_available() and _macos() >= (WIRING_FROM,)
 
 
 def most_wired() -> int:
@@ -100,12 +106,18 @@ def _apply() -> None:
         _before.append(found)
 
 
+def gpu() -> Gpu | None:
+    """What attention's path depends on here; None without Metal."""
+    if not mx.metal.is_available():
+        return None
+    architecture = str(mx.device_info(mx.Device(mx.gpu)).get("architecture", ""))
+    return Gpu(architecture, _macos(), tf32=tf32())
+
+
 def neural_accelerators() -> bool:
-    """Whether MLX uses those of M5: GPU generation 17 (18 on phones' chips), macOS 26.2 (its `is_nax_available`)."""
-    if not mx.metal.is_available() or _macos() < (26, 2):
-        return False
-    found = re.search(r"g(\d+)(\w)$", str(mx.device_info(mx.Device(mx.gpu)).get("architecture", "")))
-    return found is not None and int(found[1]) >= (18 if found[2] == "p" else 17)
+    """Whether MLX uses those of M5 here."""
+    found = gpu()
+    return found is not None and found.neural
 
 
 def unfused_tokens() -> int:

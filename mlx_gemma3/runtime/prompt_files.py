@@ -32,7 +32,7 @@ from .session_state import State, plain
 from .state_file import Contents, HostArray
 from .timeline import Tokens
 
-SHORTEST = 256  # tokens that a file must save to be worth its reading, and has at least
+SHORTEST = 256  # tokens that a file must save to be worth its reading, and has at least: docs/conversations.md measures
 _NAME = re.compile(r"gemma3-[0-9a-f]{16}-[0-9a-f]{32}\.prompt")
 
 

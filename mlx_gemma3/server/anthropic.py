@@ -29,7 +29,7 @@ class Counted(Body):
     """What makes the prompt."""
 
     model: str | None = None
-    messages: list[Any] = Field(min_length=1)
+    messages: list[dict[str, Any]] = Field(min_length=1)
     system: str | list[Any] | None = None
     tools: list[Any] | None = None
     tool_choice: dict[str, Any] | None = None

@@ -31,6 +31,7 @@ class Ask:
     prompt: Any  # a text or token ids to complete, or messages as the client sent them
     options: Mapping[str, Any] = field(default_factory=dict)  # of Engine.stream; None is the default
     n: int = 1
+    chat: bool = True  # whether `prompt` are messages
 
 
 class Service:
@@ -74,7 +75,7 @@ class Service:
     async def _prepared(self, ask: Ask, running: Running) -> tuple[Any, dict[str, Any]]:
         options = {name: value for name, value in ask.options.items() if value is not None}
         options.setdefault("max_tokens", self.settings.max_tokens)
-        if isinstance(ask.prompt, str) or (ask.prompt and all(type(token) is int for token in ask.prompt)):
+        if not ask.chat:
             self._log(ask.prompt)
             return ask.prompt, {"raw": True, **options} if isinstance(ask.prompt, str) else options
         said = await asyncio.to_thread(fetched, ask.prompt, self.settings, lambda: not running.closed)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from time import time
 
-from ..errors import BusyError, Gemma3Error, SourceNotFound
+from ..errors import BusyError, Gemma3Error, OptionError, SourceNotFound
 from ..runtime.engine import Engine
 from ..runtime.fitting import needed_bytes
 from ..runtime.loaded import About
@@ -46,7 +46,15 @@ class Models:
             name = source if "/" not in source.strip("/") or source.count("/") == 1 else PurePath(source).name
             self.models.setdefault(name, Model(name, source))
         self.names = list(self.models)
+        for alias, target in settings.aliases.items():
+            if not any(target in (one.name, one.source) for one in self.models.values()):
+                raise OptionError("--alias", got=f"{alias}={target}", want=f"one of {', '.join(self.names)}")
         self._lock = asyncio.Lock()
+
+    @property
+    def listed(self) -> list[Model]:
+        """All of them, as they were named."""
+        return [self.models[name] for name in self.names]
 
     @property
     def first(self) -> Model:

@@ -78,7 +78,7 @@ class Asked(Body):
 
 
 class ChatRequest(Asked):
-    messages: list[Any] = Field(default_factory=list)
+    messages: list[dict[str, Any]] = Field(default_factory=list)
     tools: list[Any] | None = None
 
 
@@ -124,7 +124,7 @@ async def generate(request: Request) -> Response:
     if asked.raw:
         if asked.system or asked.images:
             raise RequestError("raw", got="true beside a system text or pictures", want="a prompt alone")
-        return await _answer(request, asked, asked.prompt, settings, "response")
+        return await _answer(request, asked, asked.prompt, settings, "response", chat=False)
     said: dict[str, Any] = {"role": "user", "content": asked.prompt}
     if asked.images:
         said["images"] = asked.images
@@ -132,9 +132,12 @@ async def generate(request: Request) -> Response:
     return await _answer(request, asked, [*system, said], settings, "response")
 
 
-async def _answer(request: Request, asked: Asked, prompt: Any, options: dict[str, Any], key: str) -> Response:
+async def _answer(
+    request: Request, asked: Asked, prompt: Any, options: dict[str, Any], key: str, *, chat: bool = True
+) -> Response:
     service: Service = request.app.state.service
-    running = await until_gone(request, service.begin(Ask(model=asked.model, prompt=prompt, options=options)))
+    ask = Ask(model=asked.model, prompt=prompt, options=options, chat=chat)
+    running = await until_gone(request, service.begin(ask))
     if asked.stream is not False:
         return Flow(_lines(running, key), "application/x-ndjson")
     try:
@@ -197,13 +200,13 @@ async def version(_: Request) -> Response:
 async def tags(request: Request) -> Response:
     """GET /api/tags"""
     service: Service = request.app.state.service
-    return JSON({"models": [_listed(model) for model in service.models.models.values()]})
+    return JSON({"models": [_listed(model) for model in service.models.listed]})
 
 
 async def ps(request: Request) -> Response:
     """GET /api/ps"""
     service: Service = request.app.state.service
-    loaded = [model for model in service.models.models.values() if model.engine is not None]
+    loaded = [model for model in service.models.listed if model.engine is not None]
     return JSON(
         {"models": [{**_listed(model), "size_vram": model.weights_bytes, "expires_at": _far} for model in loaded]}
     )

@@ -31,7 +31,7 @@ def failure(error: Gemma3Error) -> dict[str, Any]:
 async def models(request: Request) -> Response:
     """GET /v1/models"""
     service: Service = request.app.state.service
-    listed = [_described(service, model) for model in service.models.models.values()]
+    listed = [_described(service, model) for model in service.models.listed]
     aliases = [{**_described(service, service.models.find(alias)), "id": alias} for alias in service.settings.aliases]
     return JSON({"object": "list", "data": listed + aliases})
 

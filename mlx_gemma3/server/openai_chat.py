@@ -79,7 +79,7 @@ class Sampled(Body):
 
 
 class ChatRequest(Sampled):
-    messages: list[Any] = Field(min_length=1)
+    messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)

@@ -53,7 +53,7 @@ class CompletionRequest(Sampled):
             options["max_tokens"] = 1  # and left out
         elif self.max_tokens is None:
             options["max_tokens"] = 16  # OpenAI's default
-        return [Ask(model=self.model, prompt=prompt, options=options, n=self.n or 1) for prompt in prompts]
+        return [Ask(model=self.model, prompt=prompt, options=options, n=self.n or 1, chat=False) for prompt in prompts]
 
 
 async def completions(request: Request) -> Response:
