@@ -265,8 +265,9 @@ class Engine:
         self._thread.stop()
 
     def close(self) -> None:
-        """Cancel what is in work, end the thread, free the model. Any thread, any number of times. With a prompt cache it
-        takes up to 30 seconds more to write what is in memory.
+        """Cancel what is in work, end the thread, free the model. Any thread, any number of times.
+
+        With a prompt cache it takes up to 30 seconds more to write what is in memory.
 
         An engine that nobody holds any more closes by itself, without being waited for; at the end of the program all
         engines do, and are. Streams and sessions hold their engine.
