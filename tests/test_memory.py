@@ -78,11 +78,28 @@ def test_score_matrix_of_4b_at_128k() -> None:
     assert score_bytes(SIZES["27B"], 1024, 512, dtype_bytes=4, fused=False) == 32 * 1024 * 512 * 4
 
 
+def test_where_long_chunks_have_no_scores_they_stay_long_but_for_the_last() -> None:
+    """M5: 4B at the end of its context."""
+    m5 = {"unfused": 1024, "fused_from": 1024}
+    assert (
+        chunk_size(SIZES["4B"], FULL["4B"], left=5000, **m5) == chunk_size(SIZES["4B"], 8192, left=1024, **m5) == 1024
+    )
+    assert chunk_size(SIZES["4B"], FULL["4B"], left=1023, **m5) == 512  # not fused
+    assert chunk_size(SIZES["4B"], FULL["4B"], left=5000, kv_bits=8, **m5) == 512
+    assert chunk_size(SIZES["4B"], FULL["4B"], left=5000, dtype_bytes=4, **m5) == 256
+    assert chunk_size(SIZES["27B"], FULL["27B"], left=5000, **m5) == 2048
+    runner: Any = SimpleNamespace(config=SIZES["4B"], dtype=mx.bfloat16, unfused_chunk=1024, fused_from=1024)
+    caches = Caches(SIZES["4B"])
+    for layer in caches:
+        layer.offset = 130_000
+    assert usual_chunk(runner, caches, FULL["4B"]) == 1024 and usual_chunk(runner, caches, 130_900) == 512
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_the_chunk_is_the_one_that_prefill_takes(size: str, dtype: mx.Dtype) -> None:
     unfused = 1024 if dtype == mx.bfloat16 else 512
-    runner: Any = SimpleNamespace(config=SIZES[size], dtype=dtype, unfused_chunk=unfused)
+    runner: Any = SimpleNamespace(config=SIZES[size], dtype=dtype, unfused_chunk=unfused, fused_from=0)
     for keys in (100, 4096, 32768, 131072):
         for bits, local in ((16, 16), (8, 16), (16, 8), (4, 4)):
             caches = Caches(SIZES[size], kv_bits=bits, local_kv_bits=local)

@@ -28,6 +28,8 @@ def usual_chunk(runner: Runner, caches: Caches, context: int) -> int:
         local_kv_bits=bits.get(False, 16),
         dtype_bytes=runner.dtype.size,
         unfused=runner.unfused_chunk,
+        left=context - caches.offset,
+        fused_from=runner.fused_from,
     )
 
 
@@ -149,10 +151,9 @@ def prefill(
         ContextError: no tokens, or more than the model has positions.
     """
     check_length(len(tokens), caches.offset + len(tokens), runner.config.text.max_position_embeddings)
-    logits = None
-    for begin, end in prefill_chunks(
-        len(tokens), spans, chunk or usual_chunk(runner, caches, caches.offset + len(tokens))
-    ):
+    logits, begin, context = None, 0, caches.offset + len(tokens)
+    while begin < len(tokens):
+        end = chunk_end(begin, len(tokens), spans, chunk or usual_chunk(runner, caches, context))
         inside = spans_within(spans, begin, end)
         logits = read_chunk(
             runner,
@@ -163,6 +164,7 @@ def prefill(
             last=end == len(tokens),
             ahead=True,
         )
+        begin = end
     assert logits is not None
     return logits
 

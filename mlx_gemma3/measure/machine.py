@@ -15,7 +15,7 @@ from ..checkpoint.published import SIZES, size_of
 from ..config import Config
 from ..model.attention_path import Gpu, Mask, attention_path
 from ..model.chunks import chunk_size
-from ..model.device import gpu, may_wire, most_wired, unfused_tokens
+from ..model.device import fused_from, gpu, may_wire, most_wired, unfused_tokens
 
 CONTEXTS = (512, 8192, 131072)
 CPU = "CPU: numpy"  # model/cpu.py
@@ -89,7 +89,10 @@ def _attention(
     for context in CONTEXTS:
         if context > text.max_position_embeddings:
             continue
-        chunk = chunk_size(config, context, kv_bits=kv_bits, dtype_bytes=dtype_bytes, unfused=unfused_tokens())
+        chunk = chunk_size(
+            config, context, kv_bits=kv_bits, dtype_bytes=dtype_bytes, unfused=unfused_tokens(),
+            left=context, fused_from=fused_from(),
+        )  # fmt: skip
         for queries in (1, min(chunk, context)):
             whole: Mask = None if queries == 1 else "causal"
             reach = min(context, text.sliding_window - 1 + queries)

@@ -13,6 +13,7 @@ SCORE_BYTES = 1 << 30  # of one layer, at most
 FUSED_HEAD = 128
 LONGEST, SHORTEST, GRAIN = 2048, 32, 32  # tokens
 UNFUSED, UNFUSED_ROOMY = 512, 1024  # with scores in memory; the longer one where there is room, or M5 fuses it
+NEURAL_QUERIES = 1024  # from which M5 fuses heads of 256
 ROOMY = 20 << 30  # bytes that a model may take: Macs of 32 GB and more
 
 
@@ -59,10 +60,17 @@ def chunk_size(
     local_kv_bits: int = 16,
     dtype_bytes: int = 2,
     unfused: int = UNFUSED,
+    left: int = 0,
+    fused_from: int = 0,
 ) -> int:
     """Tokens to read at once when there are `context` in all: at most SCORE_BYTES of scores, whatever the context.
 
     2048; with scores in memory `unfused`, or as many (in steps of 32, at least 32) as keep them under the bound.
+
+    Args:
+        left: tokens that are still to be read.
+        fused_from: queries from which this device fuses heads of 256, in 16 bits; 0: never. So many at least are read
+            while there are so many left: they have no scores in memory.
     """
     fused = config.text.head_dim <= FUSED_HEAD and kv_bits == 16
     chunk = LONGEST if fused else unfused
@@ -74,4 +82,5 @@ def chunk_size(
 
     while chunk > SHORTEST and scores(chunk) > SCORE_BYTES:
         chunk -= GRAIN
-    return chunk
+    joined = kv_bits == local_kv_bits == 16 and dtype_bytes == 2 and fused_from and left >= fused_from
+    return max(chunk, fused_from) if joined else chunk

@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from ..boundary.system import tf32
 from .attention_path import Gpu
-from .chunks import unfused_chunk
+from .chunks import NEURAL_QUERIES, unfused_chunk
 
 STEPS_BETWEEN = 256  # tokens of an answer
 FREED_SHARE = 8  # of the memory for the model, the part that freed buffers may take
@@ -125,6 +125,11 @@ def unfused_tokens() -> int:
     metal = mx.metal.is_available()
     working = int(mx.device_info(mx.Device(mx.gpu))["max_recommended_working_set_size"]) if metal else 0
     return unfused_chunk(working, metal=metal, neural=neural_accelerators())
+
+
+def fused_from() -> int:
+    """Queries from which heads of 256 are fused here; 0 for never."""
+    return NEURAL_QUERIES if neural_accelerators() else 0
 
 
 def memory_bytes() -> int:

@@ -16,7 +16,7 @@ from . import cpu
 from .cache import Caches
 from .chunks import UNFUSED
 from .context import Chunk, Step
-from .device import unfused_tokens
+from .device import fused_from, unfused_tokens
 from .fused import FusedDecoder, Kernels, Matrix, gpu_kernels, gpu_tower
 from .gemma3 import Gemma3
 from .vision import PLAIN, TowerKernels
@@ -44,6 +44,7 @@ class Runner:
         self.ahead = kernels is None or kernels.ahead  # a step may be issued before the one before is read
         self.unpacked_bytes = 0  # of packed matrices that are kept as float32 too
         self.unfused_chunk = UNFUSED  # tokens to read at once where attention is not fused
+        self.fused_from = 0  # queries from which heads of 256 are; 0: never
         self._kernels, self._tower = kernels, tower
         self._decoder = (
             model.language_model if kernels is None else FusedDecoder(model.language_model, kernels, between)
@@ -117,7 +118,7 @@ def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runn
     """Evaluate the weights and arrange them for MLX's default device. See Runner for `between`."""
     if mx.default_device().type != mx.DeviceType.cpu:
         runner = Runner(model, gpu_kernels(), gpu_tower(), between)
-        runner.unfused_chunk = unfused_tokens()
+        runner.unfused_chunk, runner.fused_from = unfused_tokens(), fused_from()
         return runner
     tower = cpu.tower_kernels(model.vision_tower) if model.config.vision is not None else PLAIN
     unpacked_bytes = cpu.unpacked_bytes(model)
