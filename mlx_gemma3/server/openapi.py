@@ -36,10 +36,12 @@ _STATUSES = {
 }  # fmt: skip
 
 
-def document() -> dict[str, Any]:
-    """OpenAPI 3.1, as plain types."""
-    from .. import __version__
+def document(version: str) -> dict[str, Any]:
+    """OpenAPI 3.1, as plain types.
 
+    Args:
+        version: of the package.
+    """
     schemas: dict[str, Any] = {}
     paths: dict[str, Any] = {}
     responses = {status: {"description": text} for status, text in _STATUSES.items()}
@@ -59,7 +61,7 @@ def document() -> dict[str, Any]:
         paths[path] = {"get": {"responses": responses, **({"parameters": named} if "{" in path else {})}}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "mlx-gemma3", "version": __version__},
+        "info": {"title": "mlx-gemma3", "version": version},
         "paths": paths,
         "components": {"schemas": schemas},
     }
