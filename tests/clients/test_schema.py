@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from serving import Server
+
+pytestmark = pytest.mark.clients
 
 
 def test_schemathesis(server: Server) -> None:
