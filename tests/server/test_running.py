@@ -85,7 +85,7 @@ def test_who_goes_away_is_not_answered_any_more(slow: Server, stream: bool) -> N
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/responses", "/v1/messages", "/api/chat"])
 def test_a_next_turn_reads_only_what_is_new(server: Server, path: str) -> None:
-    topic = f"Tell me of {path} and more of it. " * 40
+    topic = f"Tell me of {path} and more of it. " * 270  # of 8,192 tokens that fit
     said = [{"role": "user", "content": topic}]
     key = "input" if path == "/v1/responses" else "messages"
 
