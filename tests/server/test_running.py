@@ -170,6 +170,27 @@ def test_what_cannot_be_served(tmp_path: Path, server: Server) -> None:
         assert why in done.stderr and done.stdout == ""
 
 
+BROKEN = """
+from mlx_gemma3.model.runner import Runner
+def fails(*given, **options): raise RuntimeError("[METAL] Command buffer execution failed")
+Runner.step = Runner.read = fails
+from mlx_gemma3.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_server_ends_with_the_gpu(stream: bool) -> None:
+    """For a new process may do better."""
+    with serving("-m", "demo", code=BROKEN) as running:
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream}
+        for _ in range(2):
+            assert "Command buffer" in str(running.ask(CHAT, body)[1])
+        status, told = running.ask(CHAT, body)
+        assert (status, told["error"]["code"]) == (503, "device_lost") and running.headers["retry-after"]
+        assert running.wait() == 1
+
+
 def test_several_models(text_folder: Path, chat_folder: Path) -> None:
     with serving("-m", str(text_folder), "-m", str(chat_folder), "--alias", f"second={chat_folder}") as running:
         listed = running.ask("/v1/models")[1]["data"]
