@@ -13,6 +13,7 @@ from ..errors import OptionError, PromptError
 from .streams import Piped
 from .terminal import Status, emit, print_notes, say, tell
 
+_MOST_NOTES = 3
 _BEAT = 0.2  # seconds between two looks at how far it is
 
 
@@ -65,9 +66,8 @@ def embed(
             status.bar(work.done, work.total, f"{work.done:,} of {work.total:,} texts")
         status.clear()
         vectors = work.array()
-    for name, tokens, cut in zip(names, work.tokens, work.cut, strict=True):
-        if cut and not quiet:
-            tell(f"note: {name}: its last {cut:,} tokens do not fit into the {tokens:,} that the model reads")
+    if not quiet:
+        _tell_cuts([(name, cut) for name, cut in zip(names, work.cut, strict=True) if cut], max(work.tokens))
     if npy is not None:
         write_whole(npy, _npy(vectors), mode=0o666)
         return
@@ -76,6 +76,14 @@ def embed(
             emit({"text": name, "tokens": tokens, "cut": cut, "embedding": vector.tolist()})
         else:
             say(" ".join(f"{number:.9g}" for number in vector.tolist()))
+
+
+def _tell_cuts(cuts: list[tuple[str, int]], most: int) -> None:
+    """Which texts were too long."""
+    for name, cut in cuts[:_MOST_NOTES]:
+        tell(f"note: {name}: its last {cut:,} tokens were cut off; the model reads {most:,}")
+    if len(cuts) > _MOST_NOTES:
+        tell(f"note: {len(cuts) - _MOST_NOTES:,} more texts were cut off; --json shows which")
 
 
 def _texts(files: list[str], *, lines: bool) -> tuple[list[str], list[str]]:
