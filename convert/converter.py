@@ -37,8 +37,8 @@ from .output import check_apart, check_free, new_folder, place
 from .packing import pack
 from .plan import EMBEDDING, FLOATS, Job, check_overrides, head_scales, packable, plan
 from .recipe import make_recipe
-from .sentence_files import write_sentence_files
 from .report import KINDS, Loss, Report, Row, kind_of
+from .sentence_files import write_sentence_files
 from .tokenizer_files import write_side_files
 from .writer import MAX_SHARD_BYTES, Planned, Shard, split, write_index
 

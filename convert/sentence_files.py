@@ -35,9 +35,7 @@ def joined(config: Config) -> Config:
     """The config of a written folder: the matrices lie with the other weights."""
     embedder = config.embedder
     assert embedder is not None, "no embedding model"
-    return replace(
-        config, embedder=replace(embedder, dense=tuple(replace(one, folder="") for one in embedder.dense))
-    )
+    return replace(config, embedder=replace(embedder, dense=tuple(replace(one, folder="") for one in embedder.dense)))
 
 
 def write_sentence_files(checkpoint: Checkpoint, folder: Path) -> None:

@@ -89,7 +89,9 @@ def read_config(header: GGUFHeader, projector: GGUFHeader | None = None) -> Conf
     _refuse_set(settings, ("final_logit_softcapping", "attn_logit_softcapping"))
     scale = settings.number("attention.scale", None)
     if scale and abs(scale - scalar**-0.5) > 1e-4 * scale:
-        raise ConfigError(f"{header.path}: {architecture}.attention.scale", got=scale, want=f"{scalar**-0.5:.6g}, as Gemma 3")
+        raise ConfigError(
+            f"{header.path}: {architecture}.attention.scale", got=scale, want=f"{scalar**-0.5:.6g}, as Gemma 3"
+        )
     text: dict[str, Any] = {
         "model_type": "gemma3_text",
         "vocab_size": shapes["token_embd.weight"][0],

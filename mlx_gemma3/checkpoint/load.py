@@ -33,7 +33,6 @@ from .sentence import read_embedder
 from .source import Source, resolve
 from .tuned import find_template, gguf_template, judge
 
-
 NO_DENSE = (
     "this embedding model holds no dense matrices: its vectors are the pooled hidden states, and no vectors of "
     "EmbeddingGemma with its matrices can be compared with them"

@@ -202,7 +202,9 @@ def _around(folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
             if "Sequence" in one:
                 place += 1
             else:
-                sides[place].extend(int(token) for token in templates[0]["special_tokens"][one["SpecialToken"]["id"]]["ids"])
+                sides[place].extend(
+                    int(token) for token in templates[0]["special_tokens"][one["SpecialToken"]["id"]]["ids"]
+                )
         if place != 1:
             raise ValueError(place)
     except (KeyError, TypeError, ValueError, IndexError):
@@ -233,4 +235,3 @@ def post_processor(path: Path) -> dict[str, Any] | None:
     if '"post_processor"' in text:
         raise TokenizerError(f"{path}: post_processor", got="a damaged one", want="an object or null")
     return None
-

@@ -159,9 +159,7 @@ def evaluate(
     )
 
 
-def _of_embedders(
-    subjects: Sequence[Opened], text: str, images: Sequence[Picture], tell: Progress
-) -> Evaluation:
+def _of_embedders(subjects: Sequence[Opened], text: str, images: Sequence[Picture], tell: Progress) -> Evaluation:
     """The cosine between the vectors of two embedding models."""
     if len(subjects) < 2:
         do = "give the plain checkpoint with --against (against=…)"

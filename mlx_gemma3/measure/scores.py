@@ -82,7 +82,9 @@ class Evaluation:
         if self.vectors is not None:
             found = self.vectors.to_dict()
             lines = [f"model    {self.model}", f"against  {self.against}", ""]
-            return "\n".join(lines + [f"{label:<24}{format(found[key], style):>12}" for label, key, style in _OF_VECTORS])
+            return "\n".join(
+                lines + [f"{label:<24}{format(found[key], style):>12}" for label, key, style in _OF_VECTORS]
+            )
         columns = [(name, scores) for name, scores in (("text", self.words), ("pictures", self.pictures)) if scores]
         lines = [f"model    {self.model}"]
         if self.against is not None:

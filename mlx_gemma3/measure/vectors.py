@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,8 @@ def compared(
         config = runner.config.embedder
         if config is None:
             raise OptionError("evaluate", got="an embedding model and one that writes", want="two of a kind")
-        vectors, tokens = _vectors(
-            runner, tokenizer, config, texts, lambda done, at=number: tell(at * len(texts) + done, 2 * len(texts))
-        )
+        progress = partial(_tell_part, tell, number * len(texts), 2 * len(texts))
+        vectors, tokens = _vectors(runner, tokenizer, config, texts, progress)
         found.append(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.float32(1e-12)))
     one, other = found
     if one.shape != other.shape:
@@ -81,11 +81,16 @@ def compared(
     return VectorScores(np.clip((one * other).sum(axis=-1), -1, 1), nearest[0] == nearest[1], tokens)
 
 
+def _tell_part(tell: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    tell(before + done, total)
+
+
 def _nearest(vectors: Floats) -> NDArray[np.int64]:
     """(N, E) → (N,): of each the other that is most like it."""
     likeness = vectors @ vectors.T
     np.fill_diagonal(likeness, -np.inf)
-    return likeness.argmax(axis=-1)
+    nearest: NDArray[np.int64] = likeness.argmax(axis=-1)
+    return nearest
 
 
 def _vectors(

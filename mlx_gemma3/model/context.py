@@ -131,11 +131,11 @@ class Texts:
         found, start = [], 0
         for length, count in self._runs:
             stop = start + length * count
-            heads = [
+            qs, ks, vs = (
                 x[start:stop].reshape(count, length, -1, x.shape[-1]).transpose(0, 2, 1, 3)  # (count, heads, L, D)
                 for x in (q, k, v)
-            ]
-            out = self._within(*heads, rule, attend)
+            )
+            out = self._within(qs, ks, vs, rule, attend)
             found.append(out.transpose(0, 2, 1, 3).reshape(stop - start, -1, 1, out.shape[-1]))
             start = stop
         return found[0] if len(found) == 1 else mx.concatenate(found)

@@ -56,7 +56,7 @@ def read_text(tokenizer: Tokenizer, config: EmbedderConfig, text: str, prompt: s
         raise PromptError("text", got="no tokens", want="at least one")
     skipped = 0
     if prompt and not config.include_prompt:  # as many as the prompt has alone, whatever it merges with
-        skipped = min(len(config.prefix) + len(tokenizer.encode(prompt)), len(whole))
+        skipped = len(config.prefix) + min(len(tokenizer.encode(prompt)), room)
     return EmbedText(whole, skipped, max(0, len(ids) - room))
 
 

@@ -3,9 +3,9 @@
     line ─ prepare ─ admit ─┬─ readers: one chunk of one prompt ─┐
          (other threads)    └─ writers: one token of each ◄──────┘ ─ deliver
 
-Each turn reads at most one chunk, writes one token of every answer and embeds one batch, so nobody is held up: while others
-write, a chunk is cut so that it takes as long as a few of their steps. Cancels, errors and ends concern one answer;
-only what MLX itself raises in a joint step ends all answers of that step.
+Each turn reads at most one chunk, writes one token of every answer and makes the vectors of one batch of texts, so a
+long prompt holds nobody up: while others write, a chunk is cut so that it takes as long as a few of their steps.
+Cancels, errors and ends concern one answer; only what MLX itself raises in a joint step ends all answers of that step.
 """
 
 from __future__ import annotations

@@ -58,7 +58,6 @@ def _described(service: Service, model: Model) -> dict[str, Any]:
     }
 
 
-
 def _capabilities(about: About) -> dict[str, bool]:
     embeds = {"embeddings": True} if "dimensions" in about else {}
     return {"pictures": about["vision"], "chat": about["instruct"], **embeds}
