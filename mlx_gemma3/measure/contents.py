@@ -101,7 +101,7 @@ def stored_as(entry: Entry) -> str:
 
 def _parts(entries: Sequence[Entry]) -> Iterable[dict[str, Any]]:
     """A row for each kind of module, in the order of the model, its ways of storing by how much they hold."""
-    order = ("embed_tokens", "attention", "mlp", "norms", "lm_head", "vision_tower", "projector")
+    order = ("embed_tokens", "attention", "mlp", "norms", "dense", "lm_head", "vision_tower", "projector")
     for part in order:
         inside = [entry for entry in entries if part_of(entry.name) == part]
         if not inside:
