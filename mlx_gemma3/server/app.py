@@ -147,7 +147,7 @@ async def metrics(request: Request) -> Response:
 
 async def openapi(_: Request) -> Response:
     """GET /openapi.json"""
-    return Response(_document(metadata.version("mlx-gemma3")), media_type="application/json")
+    return Response(_document(), media_type="application/json")
 
 
 @cache
