@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_gemma3.checkpoint.load import Checkpoint
 from mlx_gemma3.checkpoint.safetensors import DENSE_FILE, read_folder
-from mlx_gemma3.checkpoint.sentence import LENGTH_FILE, MODULES, PROMPT_FILE, SENTENCE_FILES
+from mlx_gemma3.checkpoint.selection import LENGTH_FILE, MODULES, PROMPT_FILE, SENTENCE_FILES
 from mlx_gemma3.config import Config
 from mlx_gemma3.embedder_config import EmbedderConfig
 

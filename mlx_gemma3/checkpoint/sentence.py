@@ -1,7 +1,7 @@
 """An embedding model's folder as sentence-transformers writes it: modules.json, a folder for each module, the prompts.
 
-Owns what these files mean in both their spellings (sentence-transformers up to 5, and 6), which files they are, and the
-refusal of modules that are not computed here. A folder without modules.json (MLX programs join the matrices with the
+Owns what these files mean in both their spellings (sentence-transformers up to 5, and 6), and the refusal of modules
+that are not computed here. A folder without modules.json (MLX programs join the matrices with the
 other weights, as `dense.0`, `dense.1`) is EmbeddingGemma with as many matrices as it holds.
 
 Source: sentence-transformers 6.2 (modules Transformer, Pooling, Dense, Normalize); transformers 5.23
@@ -22,11 +22,8 @@ from ..embedder_config import PROMPTS, DenseConfig, EmbedderConfig
 from ..errors import CheckpointError, ConfigError, TokenizerError
 from ..prompt.vocabulary import BOS
 from .safetensors import DENSE_FILE, dense_weights
+from .selection import LENGTH_FILE, MODULES, PROMPT_FILE
 
-MODULES, PROMPT_FILE, LENGTH_FILE = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-SENTENCE_FILES = (MODULES, PROMPT_FILE, LENGTH_FILE)
-# The files of a module's folder that are wanted, weights of another format left out.
-MODULE_FILE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors)", re.ASCII)
 _FOLDER = re.compile(r"[\w-][\w.-]*", re.ASCII)
 _ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu", "Sigmoid": "sigmoid"}
 _EOS = "<eos>"
