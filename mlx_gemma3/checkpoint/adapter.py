@@ -181,7 +181,7 @@ class _Fit:
                 want=f"{' and '.join(form.parts[part] for part in sorted(wanted))}, as {CONFIG} says",
             )
         out, width = self.shapes[module]
-        rank = form.rank_of(infos["a"])
+        rank = max(1, form.rank_of(infos["a"]))
         for part, shape in {"a": (rank, width), "b": (out, rank), "m": (out,)}.items():
             if part not in infos:
                 continue

@@ -7,7 +7,7 @@ MLX's lazy arrays belong to the thread that made them: the model is loaded and r
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +44,7 @@ class LoadOptions(TypedDict, total=False):
     max_context: int | None
     parallel: int
     queue: int
+    adapters: Mapping[str, str | Path] | None
     force: bool
     quiet: bool
     wait: bool
@@ -61,6 +62,7 @@ class Engine:
         max_context: most tokens of a prompt and its answer; None for all that the model has positions for.
         parallel: most answers that are written at once; others wait in order, as they do where memory does not last.
         queue: most that wait.
+        adapters: folders of LoRA adapters (PEFT's, mlx-lm's, mlx-vlm's) by the names that answers ask for them by.
         force: load even where memory will not do.
         quiet: no download bars on stderr.
         wait: return when the model is ready. If False return at once: requests wait in line until it is, and what
@@ -72,7 +74,7 @@ class Engine:
 
     @takes(
         source="path", dtype="text", text_only="switch", kv_bits="whole", local_kv_bits="whole", max_context="whole",
-        parallel="whole", queue="whole", force="switch", quiet="switch", wait="switch",
+        parallel="whole", queue="whole", adapters="paths", force="switch", quiet="switch", wait="switch",
     )  # fmt: skip
     def __init__(
         self,
@@ -85,6 +87,7 @@ class Engine:
         max_context: int | None = None,
         parallel: int = 8,
         queue: int = 256,
+        adapters: Mapping[str, str | Path] | None = None,
         force: bool = False,
         quiet: bool = False,
         wait: bool = True,
@@ -100,6 +103,7 @@ class Engine:
             max_context=max_context,
             parallel=parallel,
             queue=queue,
+            adapters=adapters or {},
             force=force,
             quiet=quiet,
         )
@@ -222,16 +226,19 @@ class Engine:
             for stream in streams:
                 stream.close()
 
-    @takes(system="text", resume="path")
-    def session(self, *, system: str | None = None, resume: str | Path | None = None) -> Session:
+    @takes(system="text", resume="path", adapter="text")
+    def session(
+        self, *, system: str | None = None, resume: str | Path | None = None, adapter: str | None = None
+    ) -> Session:
         """A conversation that keeps what it has read.
 
         Args:
             system: said before the first turn.
-            resume: a file from `Session.save`, to go on from; it knows its own system text.
+            resume: a file from `Session.save`, to go on from; it knows its own system text and adapter.
+            adapter: with which all its answers are written; None for the model alone.
 
         Raises:
-            OptionError: a base checkpoint, or both arguments.
+            OptionError: a base checkpoint, an adapter that is not loaded, or `resume` and another argument.
             SessionError: the file is damaged, or belongs to another model.
         """
         if resume is None:
@@ -240,9 +247,12 @@ class Engine:
                 raise OptionError(
                     "session", got=f"{loaded.checkpoint.name}, a base checkpoint", want="one that was tuned for chat"
                 )
-            return Session(self, self._thread.call(lambda scheduler: scheduler.new_conversation(system)))
+            loaded.check_adapter(adapter)
+            return Session(self, self._thread.call(lambda scheduler: scheduler.new_conversation(system, adapter)))
         if system is not None:
             raise OptionError("system", got="a text for a conversation that has begun", want="none")
+        if adapter is not None:
+            raise OptionError("adapter", got="one for a conversation that has begun", want="none: it knows its own")
         return Session(self, self._thread.call(lambda scheduler: session_file.read(resume, scheduler)))
 
     def stop(self) -> None:

@@ -28,6 +28,7 @@ def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared:
     """
     options = request.options
     check_tokens(options, loaded.config.text.vocab_size)
+    loaded.check_adapter(options.adapter)
     if request.conversation is not None:
         check_turn(options)
         assert request.prompt is not None, "the turns before are prepared"
@@ -118,6 +119,8 @@ def check_turn(options: Options) -> None:
     """Refuse what cannot be set for one turn of a conversation. Raises OptionError."""
     if options.system is not None or options.raw:
         raise OptionError("system or raw", got="set for one turn", want="none: they belong to the session")
+    if options.adapter is not None:
+        raise OptionError("adapter", got="one for a turn", want="none: it belongs to the session")
     if options.continue_final_message:
         raise OptionError(
             "continue_final_message", got="true for a turn", want="false", do="hand the messages to generate"

@@ -55,13 +55,13 @@ def write(path: str | Path, conversation: Conversation, scheduler: Scheduler, *,
         OutputError: the file cannot be written, or holds what this conversation does not know.
     """
     for name in list(conversation.pixels):  # of a turn that was cancelled before they were encoded
-        conversation.rows(name, partial(scheduler.encode, name))
+        conversation.rows(name, partial(scheduler.encode, name, adapter=conversation.timeline.caches.adapter))
     caches = conversation.timeline.caches.state()
     arrays = {f"{PICTURE}{name}": rows for name, rows in conversation.features.items()} | dict(caches.arrays)
     state = {
         "version": VERSION,
         "fingerprint": scheduler.loaded.identity.weights,
-        "settings": _settings(scheduler),
+        "settings": _settings(scheduler) | _adapter(conversation),
         **plain(conversation, caches),
     }
     arrays = {name: mx.contiguous(array) for name, array in arrays.items()} or {"empty": mx.zeros((1,))}
@@ -128,13 +128,14 @@ def _read(file: BinaryIO, path: str | Path, scheduler: Scheduler) -> Conversatio
             f"{path}", got="a conversation with another model", want=f"one with {loaded.checkpoint.name}"
         )
     settings, now = state.get("settings"), _settings(scheduler)
+    adapter = settings.pop("adapter", None) if isinstance(settings, dict) else None
     if settings != now:
         known = settings.items() if isinstance(settings, dict) else ()
         differ = ", ".join(f"{name} {value}" for name, value in known if now.get(name) != value)
         raise SessionError(
             f"{path}", got=f"a conversation with {differ or 'no settings'}", want="the settings of this engine"
         )
-    conversation = scheduler.new_conversation(None)
+    conversation = scheduler.new_conversation(None, _loaded_adapter(adapter, path, scheduler))
     caches = conversation.timeline.caches
     believed = read_state(state, path, caches, loaded.config)
     size = os.fstat(file.fileno()).st_size - start
@@ -225,6 +226,30 @@ def _settings(scheduler: Scheduler) -> dict[str, Any]:
     """What the caches' contents depend on beside the weights."""
     identity = scheduler.loaded.identity
     return {"dtype": identity.dtype, "kv_bits": identity.kv_bits, "local_kv_bits": identity.local_kv_bits}
+
+
+def _adapter(conversation: Conversation) -> dict[str, Any]:
+    """One setting more; none without an adapter, as in files from before there were any."""
+    caches, identity = conversation.timeline.caches, conversation.timeline.identity
+    if caches.adapter is None or identity is None:
+        return {}
+    return {"adapter": {"name": caches.adapter, "fingerprint": identity.adapter}}
+
+
+def _loaded_adapter(said: object, path: str | Path, scheduler: Scheduler) -> str | None:
+    """The name here of the adapter that a file was written with. Raises SessionError: it is not loaded."""
+    if said is None:
+        return None
+    fields = said if isinstance(said, dict) else {}
+    name = scheduler.loaded.adapter_of(str(fields.get("fingerprint")))
+    if name is None:
+        raise SessionError(
+            f"{path}",
+            got=f"a conversation with the adapter {fields.get('name')}",
+            want="that adapter, as it was then",
+            do="load the model with it",
+        )
+    return name
 
 
 def _sign(file: BinaryIO) -> str:

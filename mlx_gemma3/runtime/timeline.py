@@ -80,20 +80,28 @@ class FeatureCache:
         self.encoded = 0  # pictures that went through the tower
         self._rows: OrderedDict[str, mx.array] = OrderedDict()
 
-    def get(self, runner: Runner, name: str, pixels: NDArray[np.float32] | None) -> mx.array:
+    def get(
+        self, runner: Runner, name: str, pixels: NDArray[np.float32] | None, adapter: str | None = None
+    ) -> mx.array:
         """(T, D) features of a picture, from the tower when they are not here.
 
         Args:
+            adapter: what the tower sees with.
             pixels: (S, S, 3), or None when the features must be here (a conversation read from a file).
         """
-        rows = self._rows.pop(name, None)
+        key = _seen_as(name, runner.sees_with(adapter))
+        rows = self._rows.pop(key, None)
         if rows is None:
             assert pixels is not None, name
-            rows = runner.encode_images(pixels[None])[0]
+            rows = runner.encode_images(pixels[None], adapter)[0]
             mx.eval(rows)
             self.encoded += 1
-        self.put(name, rows)
+        self.put(key, rows)
         return rows
+
+    def holds(self, runner: Runner, name: str, adapter: str | None) -> bool:
+        """Whether `get` would need no tower."""
+        return _seen_as(name, runner.sees_with(adapter)) in self._rows
 
     def put(self, name: str, rows: mx.array) -> None:
         self._rows[name] = rows
@@ -104,12 +112,16 @@ class FeatureCache:
         return name in self._rows
 
 
+def _seen_as(name: str, adapter: str | None) -> str:
+    return name if adapter is None else f"{name} {adapter}"
+
+
 @dataclass(frozen=True)
 class Identity:
     """What keys and values depend on: what was computed with one never serves another."""
 
     weights: str  # checkpoint/fingerprint.py
-    adapter: str | None
+    adapter: str | None  # of its files, checkpoint/adapter.py
     dtype: str
     kv_bits: int
     local_kv_bits: int
