@@ -1,6 +1,6 @@
 """Tiny random adapters on disk for the checkpoints of tiny.py, in each program's layout.
 
-    path = tiny_adapter.write(tmp_path / "receipts", tiny.image_config(), modules=["q_proj", "down_proj"], form="mlx-lm")
+    path = tiny_adapter.write(tmp_path / "receipts", tiny.image_config(), ["q_proj", "down_proj"], form="mlx-lm")
 
 The update is the same in every layout: `update` has it by canonical names, the scale in B.
 """

@@ -23,7 +23,6 @@ from ..model.adapter import Adapter, LowRank
 from ..model.gemma3 import Gemma3
 from ..visible import listed
 from .adapter_forms import Form, MLXForm, PEFTForm
-from .load import Checkpoint
 from .safetensors import TensorInfo, canonical_name, is_vision, read_header
 
 CONFIG = "adapter_config.json"
@@ -56,12 +55,14 @@ class AdapterFile:
         return any(is_vision(path) for path in self.matrices)
 
 
-def read_adapter(path: str | Path, checkpoint: Checkpoint) -> AdapterFile:
+def read_adapter(path: str | Path, config: Config, *, model: str, text_only: bool = False) -> AdapterFile:
     """Read an adapter for a model: PEFT's LoRA, rsLoRA and DoRA, mlx-lm's and mlx-vlm's LoRA and DoRA.
 
     Args:
         path: its folder, or the safetensors file in it.
-        checkpoint: the model. One that is loaded without its tower leaves out what is for the tower.
+        config: of the model.
+        model: its name, for errors.
+        text_only: it is loaded without its tower: what is for the tower is left out.
 
     Raises:
         SourceNotFound: nothing is there.
@@ -69,8 +70,7 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint) -> AdapterFile:
         CheckpointError: damaged weights, or not for this model.
     """
     folder = _folder(path)
-    config = _read_config(folder)
-    form, weights = _form(folder, config)
+    form, weights = _form(folder, _read_config(folder))
     header = read_header(weights)
     tensors = _load(weights)
     found: dict[str, dict[str, str]] = {}  # module → part → name in the file
@@ -83,10 +83,10 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint) -> AdapterFile:
         found[path_in_model][part], names[path_in_model] = name, module
     if not found:
         raise CheckpointError(f"{weights}", got="no matrices", want="those of an adapter")
-    fit = _Fit(weights, checkpoint, form.base)
+    fit = _Fit(weights, config, model, form.base)
     matrices = {}
     for module in sorted(found, key=_natural):
-        if is_vision(module) and checkpoint.text_only:
+        if is_vision(module) and text_only:
             continue
         infos = {part: header[name] for part, name in found[module].items()}
         fit.check(module, infos, form)
@@ -103,7 +103,7 @@ def read_adapter(path: str | Path, checkpoint: Checkpoint) -> AdapterFile:
         base=form.base,
         fingerprint=_fingerprint(folder / CONFIG, weights),
         matrices=matrices,
-        notes=_other_base(folder.name, form.base, checkpoint.name),
+        notes=_other_base(folder.name, form.base, model),
     )
 
 
@@ -163,10 +163,10 @@ def _load(weights: Path) -> dict[str, mx.array]:
 class _Fit:
     """Whether what a file holds is for this model."""
 
-    def __init__(self, weights: Path, checkpoint: Checkpoint, base: str) -> None:
-        self.weights, self.checkpoint = weights, checkpoint
+    def __init__(self, weights: Path, config: Config, model: str, base: str) -> None:
+        self.weights, self.config, self.model = weights, config, model
         self.made_for = f"it was made for {base}" if base else ""
-        self.shapes = _shapes(checkpoint.config)
+        self.shapes = _shapes(config)
 
     def check(self, module: str, infos: Mapping[str, TensorInfo], form: Form) -> None:
         """Raises CheckpointError: not a matrix of the model, not whole, or of another shape."""
@@ -191,7 +191,7 @@ class _Fit:
             flat = part == "m" and sorted(info.shape) in ([1, out], [out])
             if not flat and info.shape != want:
                 raise CheckpointError(
-                    where, got=f"{form.parts[part]} of shape {info.shape}", want=f"{want} for {self.checkpoint.name}",
+                    where, got=f"{form.parts[part]} of shape {info.shape}", want=f"{want} for {self.model}",
                     do=self.made_for,
                 )  # fmt: skip
 
@@ -201,9 +201,8 @@ class _Fit:
         return "a matrix of a vision tower" if is_vision(module) else "a matrix that the model has not"
 
     def _want(self) -> str:
-        layers, vision = self.checkpoint.config.text.num_hidden_layers, self.checkpoint.config.vision
-        tower = " and of the tower's" if vision is not None else ", which sees no pictures"
-        return f"matrices of the {layers} layers of {self.checkpoint.name}{tower}"
+        tower = " and of its tower" if self.config.vision is not None else ", which sees no pictures"
+        return f"matrices of the {self.config.text.num_hidden_layers} layers of {self.model}{tower}"
 
 
 def _shapes(config: Config) -> dict[str, tuple[int, int]]:

@@ -80,7 +80,9 @@ class PEFTForm:
         for name, value in config.items():
             known = name in _HARMLESS or name.startswith("_") or name.endswith("_version")
             if not known and value and not (name == "bias" and value == "none"):
-                raise ConfigError(f"{where}: {name}", got=_short(value), want="none: it is not computed here", do=_MERGE)
+                raise ConfigError(
+                    f"{where}: {name}", got=_short(value), want="none: it is not computed here", do=_MERGE
+                )
         begun = config.get("init_lora_weights", True)
         if not any(begun is one or (isinstance(one, str) and begun == one) for one in _BEGUN):
             raise ConfigError(
@@ -99,9 +101,7 @@ class PEFTForm:
         if (found := self._tensor.fullmatch(name)) is not None and "lora_embedding" not in name:
             return found[1], {"A": "a", "B": "b"}.get(found[2], "m")
         what = "an adapter of the embedding" if "lora_embedding" in name else "a whole tensor beside those of LoRA"
-        raise CheckpointError(
-            f"{self.where.parent}: {name}", got=what, want=", ".join(self.parts.values()), do=_MERGE
-        )
+        raise CheckpointError(f"{self.where.parent}: {name}", got=what, want=", ".join(self.parts.values()), do=_MERGE)
 
     def rank_of(self, a: TensorInfo) -> int:
         """See Form."""
@@ -111,7 +111,9 @@ class PEFTForm:
         """See Form. Of several patterns the first that the end of the name matches counts."""
         said, alpha = _first(self._ranks, module, self._rank), _first(self._alphas, module, self._alpha)
         if said != rank:
-            raise ConfigError(f"{self.where}: rank of {module}", got=f"{said:g}", want=f"{rank}, which its tensors have")
+            raise ConfigError(
+                f"{self.where}: rank of {module}", got=f"{said:g}", want=f"{rank}, which its tensors have"
+            )
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 

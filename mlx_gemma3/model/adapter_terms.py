@@ -95,12 +95,11 @@ class AdapterTerms:
             return None
         modules = [self._modules[layer + part] for part in parts]
         outs = [module.weight.shape[0] for module in modules]
-        ranks = [0 if term is None else term.a.shape[0] for term in terms]
         columns = []
         for part, term in enumerate(terms):
             if term is not None:
                 above, below = sum(outs[:part]), sum(outs[part + 1 :])
-                columns.append(mx.pad(term.b, ((above, below), (0, 0))))
+                columns.append(mx.pad(term.b, [(above, below), (0, 0)]))
         gains = [None if term is None else gain_of(module, term) for term, module in zip(terms, modules, strict=True)]
         gain = None
         if any(one is not None for one in gains):
@@ -108,7 +107,6 @@ class AdapterTerms:
             gain = mx.concatenate(ones).astype(self._dtype)
         a = mx.concatenate([term.a for term in terms if term is not None]).astype(self._dtype)
         joined = _Joined(a, mx.concatenate(columns, axis=1).astype(self._dtype), gain)
-        assert joined.a.shape[0] == sum(ranks), (joined.a.shape, ranks)
         mx.eval(joined.a, joined.b, *([] if gain is None else [gain]))
         return joined
 
@@ -174,9 +172,9 @@ def adapted_tower(tower: nn.Module, kernels: TowerKernels, adapter: Adapter, dty
     for path, module in tower.named_modules():
         if (term := adapter.get(f"vision_tower.{path}")) is not None:
             gain = gain_of(module, term)
-            arrays = [term.a.astype(dtype).T, term.b.astype(dtype).T]
-            mx.eval(arrays)
-            terms[id(module)] = (*arrays, None if gain is None else gain.astype(dtype))
+            a, b = term.a.astype(dtype).T, term.b.astype(dtype).T
+            mx.eval(a, b)
+            terms[id(module)] = (a, b, None if gain is None else gain.astype(dtype))
     if not terms:
         return None
 

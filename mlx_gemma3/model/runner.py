@@ -139,6 +139,7 @@ class Runner:
         if self._adapters is None or not any(names):
             assert not any(names), names
             return self._decoder(rows, context, last_only=last_only)
+        assert isinstance(self._decoder, FusedDecoder)
         return self._decoder(rows, context, last_only=last_only, adapted=self._adapters.of(names))
 
     def head(self, hidden: mx.array) -> mx.array:

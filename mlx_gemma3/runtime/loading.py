@@ -41,7 +41,10 @@ def load(source: Source, options: EngineOptions, closing: Callable[[], bool]) ->
             local_kv_bits=options.local_kv_bits,
             max_context=options.max_context,
         )
-    adapters = {name: read_adapter(path, checkpoint) for name, path in options.adapters.items()}
+    adapters = {
+        name: read_adapter(path, checkpoint.config, model=checkpoint.name, text_only=checkpoint.text_only)
+        for name, path in options.adapters.items()
+    }
     model = load_model(checkpoint, dtype=options.dtype, text_only=options.text_only, late_embedding=True)
     # Refuses bits that do not fit before the weights are read.
     model.make_caches(kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits)

@@ -133,9 +133,7 @@ class Scheduler:
 
     def new_timeline(self, adapter: str | None = None) -> Timeline:
         options = self.loaded.options
-        caches = self.runner.make_caches(
-            kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits, adapter=adapter
-        )
+        caches = self.runner.make_caches(kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits, adapter=adapter)
         identity = self.loaded.identity_with(adapter)
         return Timeline(self.runner, caches, identity=identity, snapshot_bytes=self.budget // 16)
 
@@ -357,9 +355,7 @@ class Scheduler:
                 return
             began, settled = perf_counter(), timeline.settled
             alone = not self._readers and not self._writers
-            count = timeline.read_chunk(
-                lambda number: job.features(number, encode), most, ahead=alone, score=job.score
-            )
+            count = timeline.read_chunk(lambda number: job.features(number, encode), most, ahead=alone, score=job.score)
             self.device_errors = 0
             if timeline.settled is settled:  # else it took the time of no chunk, or of two
                 self._read_rate = _smoothed(self._read_rate, count / max(perf_counter() - began, 1e-9))
