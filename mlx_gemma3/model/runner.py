@@ -50,9 +50,8 @@ class Runner:
         self._kernels, self._tower = kernels, tower
         self._adapters: AdapterTerms | None = None
         self._towers: dict[str, TowerKernels] = {}  # of adapters that do something to the tower
-        self._decoder = (
-            model.language_model if kernels is None else FusedDecoder(model.language_model, kernels, between)
-        )
+        self._fused = None if kernels is None else FusedDecoder(model.language_model, kernels, between)
+        self._decoder = self._fused or model.language_model
         self._head: Matrix = None
         # load_model(late_embedding=True): widening it is worth its time when a second token is asked for, not before.
         self._widen_at_step = False
@@ -139,8 +138,8 @@ class Runner:
         if self._adapters is None or not any(names):
             assert not any(names), names
             return self._decoder(rows, context, last_only=last_only)
-        assert isinstance(self._decoder, FusedDecoder)
-        return self._decoder(rows, context, last_only=last_only, adapted=self._adapters.of(names))
+        assert self._fused is not None
+        return self._fused(rows, context, last_only=last_only, adapted=self._adapters.of(names))
 
     def head(self, hidden: mx.array) -> mx.array:
         """(B, L, D) → (B, L, V) float32."""
