@@ -235,25 +235,23 @@ class Engine:
         Args:
             system: said before the first turn.
             resume: a file from `Session.save`, to go on from; it knows its own system text and adapter.
-            adapter: with which all its answers are written; None for the model alone.
+            adapter: with which all its answers are written; None for the model alone, or with `resume` for its own.
 
         Raises:
-            OptionError: a base checkpoint, an adapter that is not loaded, or `resume` and another argument.
-            SessionError: the file is damaged, or belongs to another model.
+            OptionError: a base checkpoint, an adapter that is not loaded, or both `system` and `resume`.
+            SessionError: the file is damaged, or belongs to another model or adapter.
         """
+        loaded = self._thread.loaded
+        loaded.check_adapter(adapter)
         if resume is None:
-            loaded = self._thread.loaded
             if not loaded.checkpoint.instruct:
                 raise OptionError(
                     "session", got=f"{loaded.checkpoint.name}, a base checkpoint", want="one that was tuned for chat"
                 )
-            loaded.check_adapter(adapter)
             return Session(self, self._thread.call(lambda scheduler: scheduler.new_conversation(system, adapter)))
         if system is not None:
             raise OptionError("system", got="a text for a conversation that has begun", want="none")
-        if adapter is not None:
-            raise OptionError("adapter", got="one for a conversation that has begun", want="none: it knows its own")
-        return Session(self, self._thread.call(lambda scheduler: session_file.read(resume, scheduler)))
+        return Session(self, self._thread.call(lambda scheduler: session_file.read(resume, scheduler, adapter)))
 
     def stop(self) -> None:
         """As `close`, and wait for nothing."""

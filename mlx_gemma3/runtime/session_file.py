@@ -91,8 +91,11 @@ def _lost(path: str | Path, got: str) -> OutputError:
     )
 
 
-def read(path: str | Path, scheduler: Scheduler) -> Conversation:
+def read(path: str | Path, scheduler: Scheduler, adapter: str | None = None) -> Conversation:
     """Read a conversation that this model can go on with.
+
+    Args:
+        adapter: the one that it must have been written with; None for its own.
 
     Raises:
         SessionError: no such file, no regular one, damaged, forged, of a newer version, or of another model or other
@@ -101,6 +104,7 @@ def read(path: str | Path, scheduler: Scheduler) -> Conversation:
     try:
         with open_regular(Path(path).expanduser()) as file:
             conversation = _read(file, path, scheduler)
+            _check_adapter(conversation, path, scheduler, adapter)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: `~name` of nobody; ValueError: a NUL
         raise SessionError(f"{path}", got=getattr(error, "strerror", None) or error, want=_WANT) from None
     conversation.places.add(Path(os.path.realpath(Path(path).expanduser())))
@@ -250,6 +254,13 @@ def _loaded_adapter(said: object, path: str | Path, scheduler: Scheduler) -> str
             do="load the model with it",
         )
     return name
+
+
+def _check_adapter(conversation: Conversation, path: str | Path, scheduler: Scheduler, asked: str | None) -> None:
+    own = conversation.timeline.caches.adapter
+    if asked is not None and conversation.timeline.identity != scheduler.loaded.identity_with(asked):
+        got = "no adapter" if own is None else f"the adapter {own}"
+        raise SessionError(f"{path}", got=f"a conversation with {got}", want=f"one with {asked}")
 
 
 def _sign(file: BinaryIO) -> str:
