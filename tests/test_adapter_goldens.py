@@ -1,4 +1,4 @@
-"""An adapter beside the model = PEFT's own numbers, by the plain modules and by each way to run them, in every layout."""
+"""An adapter beside the model = PEFT's own numbers: by the plain modules, by each way to run them, in each layout."""
 
 from __future__ import annotations
 
