@@ -32,7 +32,7 @@ class About(TypedDict):
     weights_bytes: int
     unpacked_bytes: int  # of packed weights that a CPU keeps as float32 too, because it is faster so
     adapters: list[str]  # names that an answer may ask for
-    notes: list[str]  # sentences on how the checkpoint was understood, often none
+    notes: list[str]  # sentences on how the checkpoint was understood, and on prompts kept on disk; often none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,17 @@ class EngineOptions:
     parallel: int = 8
     queue: int = 256
     adapters: Mapping[str, str | Path] = field(default_factory=dict)  # folders by name
+    prompt_cache: str | Path | None = None
+    prompt_cache_bytes: int = 20 * 10**9
     force: bool = False
     quiet: bool = False
 
 
 class Loaded:
-    """A checkpoint that was loaded: its settings, its words, what there is to say of it. Holds no array."""
+    """A checkpoint that was loaded: its settings, its words, what there is to say of it. Holds no array.
+
+    Only `notes` may grow.
+    """
 
     def __init__(
         self,
@@ -71,7 +76,7 @@ class Loaded:
         self.dtype = str(runner.dtype).removeprefix("mlx.core.")
         adapters = adapters or {}
         self._adapters = {name: adapter.fingerprint for name, adapter in adapters.items()}
-        self._notes = [*checkpoint.notes, *(note for adapter in adapters.values() for note in adapter.notes)]
+        self.notes = [*checkpoint.notes, *(note for adapter in adapters.values() for note in adapter.notes)]
         self._unpacked_bytes = runner.unpacked_bytes
         self._weights_bytes = sum(array.nbytes for _, array in tree_flatten(runner.model.parameters()))
         self._weights_bytes += sum(adapter.nbytes for adapter in adapters.values()) * runner.dtype.size // 4
@@ -90,7 +95,7 @@ class Loaded:
             weights_bytes=self._weights_bytes,
             unpacked_bytes=self._unpacked_bytes,
             adapters=list(self._adapters),
-            notes=list(self._notes),
+            notes=list(self.notes),
         )
 
     @cached_property
@@ -103,7 +108,7 @@ class Loaded:
         """The same with an adapter; None for the model alone."""
         return self.identity if adapter is None else replace(self.identity, adapter=self._adapters[adapter])
 
-    def adapter_of(self, fingerprint: str) -> str | None:
+    def adapter_of(self, fingerprint: object) -> str | None:
         """The name of the adapter with these files, where it is loaded."""
         return next((name for name, own in self._adapters.items() if own == fingerprint), None)
 

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +24,17 @@ from ..model.runner import Runner
 
 SNAPSHOT_BYTES = 2 << 30
 FEATURE_BYTES = 256 << 20
+WORTH_A_SNAPSHOT = 256  # tokens that one on the way through a prompt may save the next
+
+
+class Keyed(Protocol):
+    """As much of some tokens as others can be compared with."""
+
+    @property
+    def keys(self) -> NDArray[np.int64]: ...
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -35,28 +47,34 @@ class Tokens:
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...] = ()  # half-open ranges of image tokens, in order
     digests: tuple[str, ...] = ()  # one a span
+    adapter: str | None = None  # Identity.adapter: nothing is shared with other adapters
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __add__(self, other: Tokens) -> Tokens:
         moved = tuple((start + len(self), stop + len(self)) for start, stop in other.spans)
-        return Tokens(self.ids + other.ids, self.spans + moved, self.digests + other.digests)
+        return Tokens(self.ids + other.ids, self.spans + moved, self.digests + other.digests, self.adapter)
 
     def head(self, count: int) -> Tokens:
         """The first `count`; no span may be cut."""
         kept = [(span, digest) for span, digest in zip(self.spans, self.digests, strict=True) if span[1] <= count]
-        return Tokens(self.ids[:count], tuple(span for span, _ in kept), tuple(digest for _, digest in kept))
+        spans, digests = tuple(span for span, _ in kept), tuple(digest for _, digest in kept)
+        return Tokens(self.ids[:count], spans, digests, self.adapter)
 
     @cached_property
     def keys(self) -> NDArray[np.int64]:
-        """A number for each token; those of different pictures differ (but for one chance in 2**56)."""
+        """A number for each token; those of different pictures differ, and all of those with different adapters (but
+        for one chance in 2**44).
+        """
         keys = np.array(self.ids, dtype=np.int64)
         for (start, stop), digest in zip(self.spans, self.digests, strict=True):
             keys[start:stop] = -1 - int(digest[:14], 16)
+        if self.adapter is not None:
+            keys ^= int(self.adapter[:15], 16) << 2
         return keys
 
-    def shared(self, other: Tokens) -> int:
+    def shared(self, other: Keyed) -> int:
         """How many leading tokens are the same; never a part of an image block of either."""
         count = min(len(self), len(other))
         different = np.flatnonzero(self.keys[:count] != other.keys[:count])
@@ -144,6 +162,7 @@ class Timeline:
         self.tokens = Tokens(())  # may run ahead of the caches by the last token written
         self.logits: mx.array | None = None  # (1, V) float32 after the last token in the caches, when known
         self._prompt = Tokens(())
+        self._border = 0  # where a snapshot is taken on the way; 0 for nowhere
 
     @property
     def nbytes(self) -> int:
@@ -165,11 +184,12 @@ class Timeline:
         """How many tokens of a prompt need not be processed again."""
         return self.caches.reach(min(self.tokens.shared(prompt), self.caches.offset))
 
-    def open(self, prompt: Tokens, *, limit: int | None = None) -> int:
+    def open(self, prompt: Tokens, *, limit: int | None = None, border: int = 0) -> int:
         """Go back to what the caches share with a prompt, which `read_chunk` then reads.
 
         Args:
             limit: most tokens of the context.
+            border: other prompts have been the same up to there: a snapshot is taken on the way.
 
         Returns:
             the count of tokens that are reused. All of them where `logits` are known at once.
@@ -187,7 +207,7 @@ class Timeline:
         if position == len(prompt) and logits is None:  # all there, but not what comes next: read the end again
             position = self.caches.reach(self._before_last(prompt))
             self.caches.rewind(position)
-        self._prompt = prompt
+        self._prompt, self._border = prompt, border if border - position >= WORTH_A_SNAPSHOT else 0
         self.tokens, self.logits = prompt.head(position), logits if position == len(prompt) else None
         if 0 < position < len(prompt):
             self.caches.take_snapshot(budget=self.snapshot_bytes)
@@ -201,7 +221,8 @@ class Timeline:
         """
         prompt, begin = self._prompt, self.caches.offset
         usual = usual_chunk(self.runner, self.caches, len(prompt))
-        return begin, chunk_end(begin, len(prompt), prompt.spans, min(most or usual, usual))
+        stop = self._border if begin < self._border < len(prompt) else len(prompt)
+        return begin, chunk_end(begin, stop, prompt.spans, min(most or usual, usual))
 
     def pictures(self, begin: int, end: int) -> list[int]:
         """Which pictures of the prompt lie in a range of its tokens."""
@@ -235,7 +256,7 @@ class Timeline:
             self.runner, ids, self.caches, pictures, spans, last=last, ahead=ahead, score=score, following=following
         )
         self.tokens, self.logits = prompt.head(end), logits
-        if logits is not None:
+        if logits is not None or end == self._border:
             self.caches.take_snapshot(logits, budget=self.snapshot_bytes)
         return end - begin
 

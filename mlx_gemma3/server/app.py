@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable
 from functools import cache
+from importlib import metadata
 from importlib.resources import files
 from typing import Any
 
@@ -145,12 +146,12 @@ async def metrics(request: Request) -> Response:
 
 async def openapi(_: Request) -> Response:
     """GET /openapi.json"""
-    return Response(_document(), media_type="application/json")
+    return Response(_document(metadata.version("mlx-gemma3")), media_type="application/json")
 
 
 @cache
 def _document() -> bytes:
-    return json.dumps(document()).encode()
+    return json.dumps(document(metadata.version("mlx-gemma3"))).encode()
 
 
 async def page(request: Request) -> Response:
