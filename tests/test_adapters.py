@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_adapter
-from conftest import PICTURES, _write
+from places import PICTURES
 from random_model import random_model, tiny_config
 from test_fused import kernels_of, packed
 
@@ -120,7 +120,7 @@ def test_arrays_side_by_side_are_kept_for_a_few_sets_of_adapters() -> None:
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base, two adapters, and each of the two melted into the base's weights: another way to the same answers."""
     folder = tmp_path_factory.mktemp("adapters")
-    found = {"base": _write(folder / "base", CONFIG, chat=True)}
+    found = {"base": tiny_adapter.write_base(folder / "base", CONFIG)}
     plans: dict[str, dict[str, Any]] = {
         "words": {"modules": ["q_proj", "v_proj", "down_proj"], "seed": 5},
         "sight": {"modules": ["q_proj", "fc1", "up_proj"], "vision": True, "dora": True, "seed": 6},
@@ -256,3 +256,24 @@ def test_without_its_tower_an_adapter_of_pictures_still_writes(places: dict[str,
         reply = words.generate("Hello there", adapter="sight", **GREEDY)
     with mlx_gemma3.load(places["melted sight"]) as alone:
         assert alone.generate("Hello there", **GREEDY).tokens == reply.tokens
+
+
+def test_a_prompt_on_disk_serves_its_own_adapter_alone(places: dict[str, Path], tmp_path: Path) -> None:
+    prompt = "word " * 150
+    adapters = {"words": places["words"], "sight": places["sight"]}
+    with mlx_gemma3.load(places["base"], adapters=adapters, prompt_cache=tmp_path / "kept") as made:
+        first = made.generate(prompt, adapter="words", **GREEDY)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    renamed = {"other": places["sight"], "same": places["words"]}
+    with mlx_gemma3.load(places["base"], adapters=renamed, prompt_cache=tmp_path / "kept") as made:
+        replies = {name: made.generate(prompt, adapter=name, **GREEDY) for name in (None, "other", "same")}
+    assert {name: reply.usage["cached_tokens"] > 256 for name, reply in replies.items()} == {
+        None: False,
+        "other": False,
+        "same": True,
+    }
+    assert replies["same"].tokens == first.tokens != replies[None].tokens
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+    with mlx_gemma3.load(places["base"], prompt_cache=tmp_path / "kept") as bare:
+        assert bare.generate(prompt, **GREEDY).tokens == replies[None].tokens
+        assert bare.about["notes"] == []

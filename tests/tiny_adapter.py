@@ -8,17 +8,28 @@ The update is the same in every layout: `update` has it by canonical names, the 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny
+import tiny_tokenizer
+from places import TEMPLATE
 from safetensors.numpy import save_file
 
 Update = dict[str, dict[str, np.ndarray]]  # module → "a" (r, in), "b" (out, r), "m" (out,)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA = 3, 6  # scale 2: the same in every layout
+
+
+def write_base(folder: Path, config: Mapping[str, Any]) -> Path:
+    """A checkpoint that is tuned for chat, the one of conftest.py's chat_folder."""
+    tiny.write_folder(folder, dict(config), tiny.random_tensors(config, seed=4))
+    tiny_tokenizer.write_tokenizer(folder)
+    shutil.copy(TEMPLATE, folder / "tokenizer_config.json")
+    return folder
 
 
 def update(

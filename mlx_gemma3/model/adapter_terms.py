@@ -32,7 +32,7 @@ LayerTerms = tuple[tuple[Term | None, ...], tuple[Term | None, ...]]  # before a
 BEFORE = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),)
 AFTER = (("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 
-MIXES = 4  # sets of adapters whose arrays side by side are kept
+MIXES = 2  # sets of several adapters whose arrays side by side are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +65,7 @@ class AdapterTerms:
         self._modules: Mapping[str, nn.Module] = dict(text.named_modules())
         self._layers, self._matrix, self._dtype = len(text.layers), matrix, dtype
         self._joined: dict[str, list[list[_Joined | None]]] = {}  # by name, layer, joined matrix
+        self._alone: dict[str, Sequence[LayerTerms]] = {}
         self._mixes: OrderedDict[tuple[str, ...], Sequence[LayerTerms]] = OrderedDict()
 
     def add(self, name: str, adapter: Adapter) -> None:
@@ -73,21 +74,30 @@ class AdapterTerms:
             [self._join(adapter, f"layers.{layer}.", parts) for parts in (*BEFORE, *AFTER)]
             for layer in range(self._layers)
         ]
+        self._alone[name] = self._side_by_side([name])
 
     def of(self, names: Sequence[str | None]) -> Terms | None:
-        """What sequences with these adapters have; None when none has any."""
+        """What sequences with these adapters have; None when none has any.
+
+        Several adapters that have not been together lately are put side by side first, which the host waits for.
+        """
         mix = tuple(name for name in self._joined if name in names)
         if not mix:
             return None
+        slots = [0 if name is None else 1 + mix.index(name) for name in names]
+        if len(mix) == 1 and 0 not in slots:
+            return Terms(self._alone[mix[0]], None)
+        layers = self._alone[mix[0]] if len(mix) == 1 else self._mix(mix)
+        return Terms(layers, mx.array(slots, dtype=mx.int32)[:, None, None])
+
+    def _mix(self, mix: tuple[str, ...]) -> Sequence[LayerTerms]:
         if mix in self._mixes:
             self._mixes.move_to_end(mix)
         else:
-            self._mixes[mix] = [self._side_by_side(layer, mix) for layer in range(self._layers)]
+            self._mixes[mix] = self._side_by_side(mix)
             if len(self._mixes) > MIXES:
                 self._mixes.popitem(last=False)
-        slots = [0 if name is None else 1 + mix.index(name) for name in names]
-        alike = len(mix) == 1 and 0 not in slots
-        return Terms(self._mixes[mix], None if alike else mx.array(slots, dtype=mx.int32)[:, None, None])
+        return self._mixes[mix]
 
     def _join(self, adapter: Adapter, layer: str, parts: Sequence[str]) -> _Joined | None:
         terms = [adapter.get(f"language_model.{layer}{part}") for part in parts]
@@ -110,9 +120,12 @@ class AdapterTerms:
         mx.eval(joined.a, joined.b, *([] if gain is None else [gain]))
         return joined
 
-    def _side_by_side(self, layer: int, mix: Sequence[str]) -> LayerTerms:
-        terms = [self._term([self._joined[name][layer][place] for name in mix]) for place in range(4)]
-        return tuple(terms[: len(BEFORE)]), tuple(terms[len(BEFORE) :])
+    def _side_by_side(self, mix: Sequence[str]) -> Sequence[LayerTerms]:
+        layers = []
+        for layer in range(self._layers):
+            terms = [self._term([self._joined[name][layer][place] for name in mix]) for place in range(4)]
+            layers.append((tuple(terms[: len(BEFORE)]), tuple(terms[len(BEFORE) :])))
+        return layers
 
     def _term(self, each: Sequence[_Joined | None]) -> Term | None:
         """The adapters of a mix beside one joined matrix; their slots are 1, 2 and so on."""
