@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from ..errors import DeviceLost, Gemma3Error, RequestError, SourceNotFound
+from ..errors import Gemma3Error, RequestError, SourceNotFound
 from . import anthropic, ollama, openai, openai_chat, openai_completions, openai_responses
 from .asking import Service, status_of
 from .http import JSON, TooLarge
@@ -33,12 +33,8 @@ PAGE_POLICY = (
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
-def create_app(service: Service, lost: Callable[[], None] = lambda: None) -> Starlette:
-    """The ASGI application.
-
-    Args:
-        lost: called when the GPU takes no more work, which a new process may mend.
-    """
+def create_app(service: Service) -> Starlette:
+    """The ASGI application."""
     settings = service.settings
 
     def guarded(handler: Handler) -> Handler:
@@ -48,8 +44,6 @@ def create_app(service: Service, lost: Callable[[], None] = lambda: None) -> Sta
             except ClientDisconnect:
                 return Response(status_code=499)
             except Gemma3Error as error:
-                if isinstance(error, DeviceLost):
-                    lost()
                 return _refused(request.url.path, error)
             except Exception as error:
                 sys.stderr.write(traceback.format_exc())
@@ -146,7 +140,7 @@ async def metrics(request: Request) -> Response:
 
 async def openapi(_: Request) -> Response:
     """GET /openapi.json"""
-    return Response(_document(metadata.version("mlx-gemma3")), media_type="application/json")
+    return Response(_document(), media_type="application/json")
 
 
 @cache

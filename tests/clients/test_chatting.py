@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from serving import PICTURE, QUESTION, Server
+
+pytestmark = pytest.mark.clients
 
 URL = "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
 

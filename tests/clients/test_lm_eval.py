@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from serving import serving
 
-pytest.importorskip("torch", reason="lm-eval's own model needs it: pip install -e '.[reference]'")
+from mlx_gemma3 import convert
+
+pytestmark = pytest.mark.clients
 
 PAIRS = [
     ("the model of a question", " is the answer"),
@@ -18,21 +20,25 @@ PAIRS = [
 ]
 
 
-def test_likelihoods(text_folder: Path) -> None:
+def test_likelihoods(tmp_path: Path) -> None:
+    """The demo model in plain float32, which both read."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
+    folder = tmp_path / "demo"
+    convert("demo", folder, dequantize=True, dtype="float32")
     asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(PAIRS)]
-    own = HFLM(str(text_folder), device="cpu", dtype="float32", batch_size=1).loglikelihood(asked)
-    with serving("-m", str(text_folder), "--quiet") as server:
+    own = HFLM(str(folder), device="cpu", dtype="float32", batch_size=1, add_bos_token=True).loglikelihood(asked)
+    with serving("-m", str(folder), "--quiet") as server:
         model = LocalCompletionsAPI(
             base_url=f"{server.address}/v1/completions",
-            model=text_folder.name,
-            tokenizer=str(text_folder),
+            model=folder.name,
+            tokenizer=str(folder),
             tokenizer_backend="huggingface",
             max_length=512,
             num_concurrent=1,
+            add_bos_token=True,
         )
         found = model.loglikelihood(asked)
     for (logprob, greedy), (want, wanted) in zip(found, own, strict=True):
