@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,8 @@ def _settings(file: Path) -> Any:
 
 
 def test_wrong_names_are_one_sentence(engine: Engine, places: dict[str, Path]) -> None:
-    for ask in (lambda: engine.generate("x", adapter="receipts"), lambda: engine.session(adapter="receipts")):
+    asks = (engine.generate, engine.count_tokens)
+    for ask in (*(partial(one, "x", adapter="receipts") for one in asks), partial(engine.session, adapter="receipts")):
         with pytest.raises(OptionError, match="adapter: got 'receipts', want words, sight"):
             ask()
     with pytest.raises(OptionError, match=r"adapters: got .* want a path for each name"):

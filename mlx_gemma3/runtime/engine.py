@@ -257,7 +257,7 @@ class Engine:
             SessionError: the file is damaged, or belongs to another model or adapter.
         """
         loaded = self._thread.loaded
-        loaded.check_adapter(adapter)
+        loaded.files_of(adapter)
         if resume is None:
             if not loaded.checkpoint.instruct:
                 raise OptionError(

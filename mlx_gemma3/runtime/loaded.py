@@ -106,15 +106,18 @@ class Loaded:
 
     def identity_with(self, adapter: str | None) -> Identity:
         """The same with an adapter; None for the model alone."""
-        return self.identity if adapter is None else replace(self.identity, adapter=self._adapters[adapter])
+        return self.identity if adapter is None else replace(self.identity, adapter=self.files_of(adapter))
 
     def adapter_of(self, fingerprint: object) -> str | None:
         """The name of the adapter with these files, where it is loaded."""
         return next((name for name, own in self._adapters.items() if own == fingerprint), None)
 
-    def check_adapter(self, name: str | None) -> None:
-        """Raises OptionError: it is not loaded."""
-        if name is not None and name not in self._adapters:
+    def files_of(self, name: str | None) -> str | None:
+        """An adapter's part of an identity; None for the model alone. Raises OptionError: it is not loaded."""
+        if name is None:
+            return None
+        if name not in self._adapters:
             want = ", ".join(self._adapters) or "none: the model was loaded without adapters"
             do = "" if self._adapters else f"load it with adapters={{{name!r}: its folder}}"
             raise OptionError("adapter", got=repr(name), want=want, do=do)
+        return self._adapters[name]

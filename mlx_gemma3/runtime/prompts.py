@@ -28,7 +28,6 @@ def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared:
     """
     options = request.options
     check_tokens(options, loaded.config.text.vocab_size)
-    loaded.check_adapter(options.adapter)
     if request.conversation is not None:
         check_turn(options)
         assert request.prompt is not None, "the turns before are prepared"
@@ -76,7 +75,7 @@ def processed(
     loaded: Loaded, prompt: str | Messages, images: list[Picture], options: Options, progress: Progress
 ) -> Prepared:
     """Tokens and pixels of a text or token ids to complete, or of messages."""
-    adapter = loaded.identity_with(options.adapter).adapter
+    adapter = loaded.files_of(options.adapter)
     if is_tokens(prompt):
         ids: list[Any] = list(prompt)
         vocabulary = loaded.config.text.vocab_size

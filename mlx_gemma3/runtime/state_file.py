@@ -138,7 +138,7 @@ def read(file: BinaryIO, path: object, loaded: Loaded, caches: Caches, *, data: 
         raise SessionError(f"{path}", got="a file that was cut or changed", want="every byte as it was written")
     adapter = _made_with(loaded, values, path)
     state = read_state(values, path, caches, loaded.config)
-    state = replace(state, tokens=replace(state.tokens, adapter=loaded.identity_with(adapter).adapter))
+    state = replace(state, tokens=replace(state.tokens, adapter=loaded.files_of(adapter)))
     size = os.fstat(file.fileno()).st_size - start
     entries = _entries(header, state, caches, loaded, path, size)
     return Contents(state, str(said), _arrays(file, start, entries) if data else {}, adapter)
