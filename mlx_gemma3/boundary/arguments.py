@@ -10,11 +10,14 @@ import functools
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import OptionError
+
+_NAME = re.compile(r"[\w.-]+")  # of an adapter: the server has it behind a colon
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -126,6 +129,13 @@ def _biases(value: Any) -> dict[int, float]:
     return {_whole(int(key) if isinstance(key, str) else key): _number(bias) for key, bias in _mapping(value).items()}
 
 
+def _paths(value: Any) -> dict[str, Any]:
+    found = _mapping(value)
+    if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in found):
+        raise TypeError
+    return {name: _path(path) for name, path in found.items()}
+
+
 def _mapping(value: Any) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
@@ -139,5 +149,6 @@ KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "switch": (_switch, "true or false"),
     "whole": (_whole, "a whole number"),
     "number": (_number, "a number"),
+    "paths": (_paths, "a path for each name, names of letters, digits, -, _ and ."),
     "biases": (_biases, "a number for each token id"),
 }

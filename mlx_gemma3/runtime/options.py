@@ -37,6 +37,7 @@ class OptionValues(TypedDict, total=False):
     seed: int | None
     logprobs: int | None
     prompt_logprobs: int | None
+    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Options:
     prompt_logprobs: int | None = _set(
         None, "whole", "Log-probabilities of the prompt's tokens too.", low=0, high=20, **_REQUEST
     )
+    adapter: str | None = _set(None, "text", "One of the adapters that were loaded, by its name.", **_REQUEST)
 
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
