@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..generation.choice import Constraint
+from ..generation.constraint import Constraint
+from .forms import Form, instance
 from .options import Options
 from .stream import Channel, Messages, Picture
 from .timeline import Tokens
@@ -50,4 +51,9 @@ class Request(Channel):
         super().__init__()
         self.prompt, self.images, self.options, self.conversation = prompt, list(images), options, conversation
         self.like, self.constraint = like, constraint
+        self.form: Form | None = options.form if like is None else like.form
         self.prepared: Prepared | None = None  # set once, by the engine's thread
+
+    def instance(self, parsed: Any) -> Any:
+        """See Channel. Raises OptionError: the schema's class refuses it."""
+        return instance(self.options, parsed)
