@@ -73,7 +73,7 @@ class Batch:
         row._unread = row._logits = None
 
     def next(self) -> list[Written]:
-        """More tokens of the rows, of each in order: mostly one of every row. Then each that is over must be taken out."""
+        """More tokens, of each row in order: mostly one of every row. Then each row that is over must be taken out."""
         self._steps += 1
         if self._steps % STEPS_BETWEEN == 0:
             release()

@@ -79,9 +79,7 @@ class Conversation:
         Args:
             pixels: (S, S, 3) of its pictures by digest.
         """
-        if not isinstance(said, str) and any(isinstance(item, dict) and "role" in item for item in said):
-            said = tools.plain(said)[0]["content"]
-        text = "".join(item.get("text", "") for item in items(said, "turn"))
+        text = "".join(item.get("text", "") for item in items(_results(said), "turn"))
         if self.exchanges:  # the turn before ends with a newline, and <bos> was said once
             moved = tuple((start - 1, stop - 1) for start, stop in asked.spans)
             asked = Tokens(self.newline) + Tokens(asked.ids[1:], moved, asked.digests)
@@ -140,3 +138,10 @@ class Conversation:
             if exchange.said is not None:
                 out.append({"role": "assistant", "content": exchange.reply})
         return out
+
+
+def _results(said: Any) -> Any:
+    """Messages of what tools found as the content of one turn; anything else as it is."""
+    if isinstance(said, list) and said and all(isinstance(one, dict) and one.get("role") == "tool" for one in said):
+        return tools.plain(said)[0]["content"]
+    return said

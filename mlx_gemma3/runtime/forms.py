@@ -1,4 +1,4 @@
-"""What an answer is held to, by the options of its request: a schema, a regular expression, a grammar, choices, tools."""
+"""What an answer is held to, by the options of its request: a schema, a regex, a grammar, choices, or tools."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ class Form:
         asked = [name for name in _FORMS if getattr(options, name) not in (None, ())]
         self.tools = tools.read(options.tools) if options.tools and options.tool_choice != "none" else []
         if len(asked) > 1 or (asked and self.tools):
-            raise OptionError(
-                " and ".join([*asked, *(["tools"] if self.tools else [])]), got="both", want="one of them"
-            )
+            both = " and ".join([*asked, *(["tools"] if self.tools else [])])
+            raise OptionError(both, got="both", want="one of them")
         self.name = asked[0] if asked else "tools" if self.tools else None
         if asked and options.stop:
             raise OptionError("stop", got=f"texts beside {self.name}", want="none: the form says where it ends")

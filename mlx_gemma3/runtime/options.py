@@ -120,7 +120,9 @@ class Options:
     )
 
     # The form of the answer (runtime/forms.py): at most one of these four.
-    schema: Any = _set(None, "schema", "The answer is JSON that fits this schema: a file, or the schema.", talk=False)
+    schema: Any = _set(  # noqa: RUF009
+        None, "schema", "The answer is JSON that fits this schema: a file, or the schema.", talk=False
+    )
     regex: str | None = _set(None, "text", "The answer matches this regular expression.", talk=False)
     grammar: str | None = _set(None, "text", "The answer follows this grammar (Lark): a file, or itself.", talk=False)
     choices: Sequence[str] = _set(
@@ -149,9 +151,16 @@ class Options:
     @cached_property
     def form(self) -> Form | None:
         """What the answer is held to; None where it is free. Raises OptionError: see Form."""
-        if not (self.schema is not None or self.regex is not None or self.grammar is not None or self.choices):
-            if not self.tools and not self.free_first:
-                return None
+        asked = (
+            self.schema,
+            self.regex,
+            self.grammar,
+            self.choices or None,
+            self.tools or None,
+            self.free_first or None,
+        )
+        if all(one is None for one in asked):
+            return None
         from .forms import Form
 
         return Form(self)

@@ -135,9 +135,10 @@ class Stream:
     def next(self, timeout: float | None = None) -> Event:
         """The next event, as a dict of plain types.
 
-        {"kind": "text", "text", "tokens"} · {"kind": "tool_call", …}: a piece of one · {"kind": "pending"}: nothing within `timeout` seconds, or progress
-        ("stage", "done", "total") · {"kind": "done", "text", "tokens", "finish_reason", "usage"} · {"kind": "error",
-        "code", "message"}. The last two end the stream and are given again when asked again.
+        {"kind": "text", "text", "tokens"} · {"kind": "tool_call", "index", "id", "name", "arguments"}: a piece of a
+        call · {"kind": "pending"}: nothing within `timeout` seconds, or progress ("stage", "done", "total") ·
+        {"kind": "done", "text", "tokens", "finish_reason", "usage"} · {"kind": "error", "code", "message"}. The
+        last two end the stream and are given again when asked again.
         """
         if self._end is not None:
             return self._end
