@@ -69,6 +69,11 @@ def parameters_of(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     return about, {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
+def typed_arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's arguments by name."""
+    return typing.get_type_hints(function, include_extras=True)
+
+
 def instance(kind: Any, value: Any) -> Any:
     """A JSON value as an instance of a type whose schema it fits.
 
