@@ -113,6 +113,7 @@ class Matcher:
             return list(self._fence)
         if not self.in_form or self.complete:
             return ()
+        self._matcher.compute_ff_bytes()  # the grammar forces nothing by itself: this looks ahead
         found: list[int] = self._matcher.compute_ff_tokens()
         return [] if any(token in self._ends for token in found) else found
 

@@ -228,7 +228,6 @@ class Engine:
         self,
         prompt: str | Messages,
         *,
-        tools: Sequence[Callable[..., Any]],
         images: Pictures = (),
         limit: int = 8,
         asks: Asks | None = None,
@@ -236,9 +235,10 @@ class Engine:
     ) -> Reply:
         """As `generate`, and run the functions that the model asks for, until it answers in words.
 
+        `tools` are functions with types for their arguments; a docstring says what one does. What one raises is told
+        to the model.
+
         Args:
-            tools: functions with types for their arguments; the docstring says what one does. What one raises is told
-                to the model.
             limit: most answers; the last one's calls are not run any more, and stand in the reply.
             asks: called with a function's name and arguments before it runs; False forbids it.
 
@@ -246,7 +246,7 @@ class Engine:
             OptionError: a tool that is no function, or has an argument that JSON has nothing for.
             Gemma3Error: whatever went wrong.
         """
-        return run(self, prompt, tools, limit=limit, asks=asks, options={"images": images, **options})
+        return run(self, prompt, limit=limit, asks=asks, options={**options, "images": images})
 
     @takes(system="text", resume="path")
     def session(self, *, system: str | None = None, resume: str | Path | None = None) -> Session:

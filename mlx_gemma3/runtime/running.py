@@ -66,7 +66,6 @@ class Functions:
 def run(
     engine: Engine,
     prompt: str | Messages,
-    tools: Sequence[Any],
     *,
     limit: int,
     asks: Asks | None,
@@ -75,15 +74,16 @@ def run(
     """See Engine.run."""
     if limit < 1:
         raise OptionError("limit", got=limit, want=">= 1")
-    functions = Functions(tools, asks)
     options = dict(options)
+    if not options.get("tools"):
+        raise OptionError("tools", got="none", want="functions")
+    functions = Functions(options["tools"], asks)
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    images = options.pop("images", ())
-    for number in range(limit):
-        reply = engine.generate(messages, images=images, tools=tools, **options)
-        if not reply.tool_calls:
-            return reply
-        if number == 0 and options.get("tool_choice") not in (None, "auto"):
+    for number in range(1, limit + 1):
+        reply: Reply = engine.generate(messages, **options)
+        if not reply.tool_calls or number == limit:
+            break
+        if options.get("tool_choice") not in (None, "auto"):
             options["tool_choice"] = "auto"  # it was called: now it may answer
         messages += [
             {"role": "assistant", "content": None, "tool_calls": reply.tool_calls},
