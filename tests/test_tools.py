@@ -67,7 +67,11 @@ def test_tools_are_read_in_every_shape() -> None:
             "additionalProperties": False,
         },
     }
-    assert anthropic.parameters["additionalProperties"] is False and flat.description == "d" and plain.name == "look"
+    assert (
+        anthropic.parameters == {"type": "object", "properties": {"x": {}}}
+        and flat.description == "d"
+        and plain.name == "look"
+    )
     for wrong in ([3], [{"type": "web_search"}], [{"name": "a b"}], [get_weather, get_weather], [lambda x: x]):
         with pytest.raises(OptionError):
             read(wrong)
@@ -77,7 +81,9 @@ def test_the_prompt_is_the_documented_one(chat: g3.Engine) -> None:
     declarations = [tool.declaration for tool in read([OPENAI])]
     (message,) = prompts.with_tools([{"role": "user", "content": "Hi"}], declarations)
     head, _, rest = message["content"].partition("[\n")
-    assert head.startswith("You have access to functions. If you decide to invoke any of the function(s),\nyou MUST put")
+    assert head.startswith(
+        "You have access to functions. If you decide to invoke any of the function(s),\nyou MUST put"
+    )
     assert json.loads("[" + rest.removesuffix("Hi")) == declarations and rest.endswith("]\nHi")
     plain, told = chat.count_tokens("Hi"), chat.count_tokens("Hi", tools=[OPENAI])
     assert told > plain + 100 and chat.count_tokens("Hi", tools=[OPENAI], tool_choice="none") == plain
@@ -138,12 +144,6 @@ def test_words_are_words_and_never_half_a_call(chat: g3.Engine) -> None:
 
 
 def test_run_calls_functions_until_there_are_words(chat: g3.Engine) -> None:
-    asked: list[Any] = []
-
-    def asks(name: str, arguments: Any) -> bool:
-        asked.append((name, arguments))
-        return name != "get_weather"
-
     seen: list[Any] = []
     generate = chat.generate
 
@@ -153,31 +153,42 @@ def test_run_calls_functions_until_there_are_words(chat: g3.Engine) -> None:
 
     chat.generate = watched  # type: ignore[method-assign]
     try:
-        options = {"tool_choice": "required", "parallel_tool_calls": False, "seed": 3}
-        reply = chat.run("the", tools=[get_weather, stop_it], asks=asks, limit=2, **options, **WILD)
+        for allowed in (True, False):
+            asked: list[Any] = []
+            reply = chat.run(
+                "the",
+                tools=[stop_it],
+                asks=lambda *given, allowed=allowed, asked=asked: asked.append(given) or allowed,
+                limit=2,
+                tool_choice="required",
+                parallel_tool_calls=False,
+                seed=3,
+                **(WILD | {"max_tokens": 60}),
+            )
+            assert asked == [("stop_it", {})] and reply.usage["completion_tokens"]
+            question, call, found = seen[-1]
+            assert question == {"role": "user", "content": "the"} and call["tool_calls"][0]["name"] == "stop_it"
+            assert found["role"] == "tool" and found["tool_call_id"] == call["tool_calls"][0]["id"]
+            assert ("ValueError: no power" if allowed else "did not allow") in found["content"]
     finally:
         del chat.generate  # type: ignore[method-assign]
-    assert reply.finish_reason in ("stop", "length", "tool_calls") and len(seen) == 2
-    assert len(asked) == 1
-    (name, arguments), last = asked[0], seen[1][-1]
-    assert last["role"] == "tool" and last["name"] == name
-    assert ("did not allow" if name == "get_weather" else "ValueError: no power") in last["content"]
-    assert seen[1][1]["tool_calls"][0]["arguments"] == arguments
+    assert len(seen) == 4
     with pytest.raises(OptionError, match="description"):
         chat.run("the", tools=[OPENAI])
 
 
 def test_chat_asks_before_it_runs_a_function(chat_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "tools.py"
-    file.write_text("import json\ndef touch() -> str:\n    '''Touches.'''\n    open('touched', 'w')\n    return 'done'\n")
+    file.write_text("def touch() -> str:\n    '''Touches.'''\n    open('touched', 'w')\n    return 'done'\n")
     code = (
         "import sys\nfrom mlx_gemma3.runtime import options\nbuild = options.Options.build.__func__\n"
         "def first(cls, values):\n    values = dict(values)\n"
-        "    if values.get('tools') and not first.done:\n        values['tool_choice'], first.done = 'required', True\n"
+        "    if values.get('tools') and not first.done:\n"
+        "        values |= {'tool_choice': 'required', 'parallel_tool_calls': False}\n        first.done = True\n"
         "    return build(cls, values)\nfirst.done = False\noptions.Options.build = classmethod(first)\n"
         "from mlx_gemma3.cli import main\nmain()"
     )
-    command = [sys.executable, "-c", code, "chat", "-m", str(chat_folder), "--tools", str(file), "--max-tokens", "40"]
+    command = [sys.executable, "-c", code, "chat", "-m", str(chat_folder), "--tools", str(file), "--max-tokens", "60"]
     for answer in ("n", "y"):
         done = subprocess.run(
             command, input=f"the\n{answer}\n", capture_output=True, text=True, timeout=200, cwd=tmp_path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
-import json
 import re
 import types
 import typing
@@ -125,7 +124,7 @@ def _first(kinds: Sequence[Any], value: Any) -> Any:
 
 def _schema(kind: Any, where: str, above: tuple[Any, ...]) -> dict[str, Any]:
     if hasattr(kind, "model_json_schema"):
-        return _closed(kind.model_json_schema())
+        return dict(kind.model_json_schema())
     try:
         if kind in _KINDS:
             return dict(_KINDS[kind])
@@ -172,15 +171,6 @@ def _object(kind: Any, names: Any, needed: list[str], where: str, above: tuple[A
 
 def _bare(kind: Any) -> Any:
     return get_args(kind)[0] if get_origin(kind) in (typing.Required, typing.NotRequired) else kind
-
-
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """A model's schema, which pydantic leaves open, with no other fields than its own, but where it says so."""
-    schema = json.loads(json.dumps(schema))
-    for one in (schema, *schema.get("$defs", {}).values()):
-        if "properties" in one:
-            one.setdefault("additionalProperties", False)
-    return schema
 
 
 def _name(kind: Any) -> str:

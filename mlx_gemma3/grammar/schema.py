@@ -4,7 +4,8 @@
 
 One line, a space after each comma and colon, none elsewhere: as json.dumps writes it, so that no answer runs away in
 white space and the punctuation between two values is known before the model says it. Strings spell no character as
-\\uXXXX: a key that is spelt in two ways would be two keys to a grammar.
+\\uXXXX: a key that is spelt in two ways would be two keys to a grammar. An object has the properties that its schema
+names and no others, where that says nothing of others: what nobody asked for would have no end.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _SPELLING = {
 _INSIDE = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # name → schema
 _PLAIN = ("const", "enum", "default", "examples", "example")  # values, not schemas
 _UNSPELT = re.compile("[\0-\x07\x0b\x0e-\x1f\x7f]")  # what only \\uXXXX spells
+_OF_OBJECTS = frozenset({"properties", "required", "additionalProperties", "patternProperties"})
+_EITHER = ("anyOf", "oneOf")
 _WANT = "a JSON schema that answers can be held to"
 
 
@@ -60,6 +63,8 @@ def lark(schema: Any, name: str = "schema") -> str:
 def rule(schema: Any, name: str = "schema") -> str:
     """The same as a part of a larger grammar. A reference in the schema counts from its own root."""
     found = read(schema, name)
+    if not _composed(found):
+        found = _closed(found)
     _check(found, name)
     return "%json " + json.dumps({**found, "x-guidance": _SPELLING})
 
@@ -73,6 +78,45 @@ def told(message: str) -> str:
     message = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", message)
     message = re.split(r"\s+\d+ \| ", message)[0]
     return message.replace(" Enable 'coerce_one_of' option to approximate oneOf with anyOf", "")
+
+
+def _composed(schema: Any, inside: bool = False) -> bool:
+    """Whether several schemas may speak of one object: none of them knows all of its properties then."""
+    if isinstance(schema, list):
+        return any(_composed(one, inside) for one in schema)
+    if not isinstance(schema, Mapping):
+        return False
+    speaks = not _OF_OBJECTS.isdisjoint(schema)
+    if any(key in schema for key in ("allOf", "$dynamicRef", "unevaluatedProperties")) or (speaks and "$ref" in schema):
+        return True
+    if inside and speaks:
+        return True
+    return any(
+        _composed(
+            list(inner.values()) if key in _INSIDE and isinstance(inner, Mapping) else inner, key in _EITHER and speaks
+        )
+        for key, inner in schema.items()
+        if key not in _PLAIN
+    )
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    made = {}
+    for key, inner in schema.items():
+        if key in _INSIDE and isinstance(inner, Mapping):
+            made[key] = {name: _closed(one) for name, one in inner.items()}
+        else:
+            made[key] = inner if key in _PLAIN else _closed(inner)
+    names, required = made.get("properties"), made.get("required", [])
+    if isinstance(names, dict) and names and isinstance(required, list) and names.keys() >= set(map(str, required)):
+        least = made.get("minProperties", 0)
+        if "patternProperties" not in made and isinstance(least, int) and least <= len(names):
+            made.setdefault("additionalProperties", False)
+    return made
 
 
 def _check(schema: Any, where: str) -> None:

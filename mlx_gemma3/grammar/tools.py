@@ -20,7 +20,6 @@ from .schema import rule
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _WORDS = r"WORDS: /[^\s{\[`](.|\n)*|`{1,2}([^`](.|\n)*)?|```([^jt](.|\n)*)?/"
-_COMPOSED = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties")
 _WANT = 'a function, or {"type": "function", "function": {"name", "description", "parameters"}}'
 
 
@@ -98,8 +97,6 @@ def _tool(tool: Any, where: str) -> Tool:
     schema = {"type": "object", **read_schema(parameters, f"tool {name}: parameters")}
     if schema["type"] != "object":
         raise OptionError(f"tool {name}: parameters", got=f"type {schema['type']}", want="type object")
-    if "properties" in schema and not any(key in schema for key in _COMPOSED):
-        schema["additionalProperties"] = False  # an argument that nobody named is of no use
     description = inner.get("description") or ""
     return Tool(name, description if isinstance(description, str) else str(description), schema)
 

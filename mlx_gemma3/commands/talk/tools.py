@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,15 +35,10 @@ class Tools:
         except BaseException as error:  # the file is the user's own code
             if isinstance(error, KeyboardInterrupt):
                 raise
-            raise OptionError(
-                "--tools", got=f"{file} ({type(error).__name__}: {error})", want="a Python file"
-            ) from None
+            got = f"{file} ({type(error).__name__}: {error})"
+            raise OptionError("--tools", got=got, want="a Python file") from None
         self.functions: list[Callable[..., Any]] = [
-            one
-            for name, one in found.items()
-            if callable(one)
-            and not name.startswith("_")
-            and getattr(one, "__globals__", {}).get("__name__") == "<run_path>"
+            one for name, one in found.items() if isfunction(one) and not name.startswith("_") and _own(one)
         ]
         if not self.functions:
             raise OptionError("--tools", got=f"{file}, which defines no function", want="one at least")
@@ -65,3 +61,8 @@ class Tools:
 
     def _found(self, name: str, content: str) -> None:
         self._screen.rows([(name, content)])
+
+
+def _own(function: Callable[..., Any]) -> bool:
+    """Whether the file defines it itself."""
+    return function.__module__ == "<run_path>"
