@@ -72,9 +72,7 @@ def rule(schema: Any, name: str = "schema") -> str:
 def told(message: str) -> str:
     """What llguidance finds wrong with a schema, without the grammar around it."""
     if keys := re.search(r"Unimplemented keys: \[([^\]]*)\]", message):
-        return f"the keyword {keys[1]}".replace('"', "").replace(
-            "keyword ", "keywords " if "," in keys[1] else "keyword "
-        )
+        return f"the keyword{'s' * (',' in keys[1])} {keys[1]}".replace('"', "")
     message = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", message)
     message = re.split(r"\s+\d+ \| ", message)[0]
     return message.replace(" Enable 'coerce_one_of' option to approximate oneOf with anyOf", "")
@@ -89,15 +87,15 @@ def _composed(schema: Any, inside: bool = False) -> bool:
     speaks = not _OF_OBJECTS.isdisjoint(schema)
     if any(key in schema for key in ("allOf", "$dynamicRef", "unevaluatedProperties")) or (speaks and "$ref" in schema):
         return True
-    if inside and speaks:
+    if inside and (speaks or "$ref" in schema):
         return True
-    return any(
-        _composed(
-            list(inner.values()) if key in _INSIDE and isinstance(inner, Mapping) else inner, key in _EITHER and speaks
-        )
-        for key, inner in schema.items()
-        if key not in _PLAIN
-    )
+    for key, inner in schema.items():
+        if key in _PLAIN:
+            continue
+        parts = list(inner.values()) if key in _INSIDE and isinstance(inner, Mapping) else inner
+        if _composed(parts, key in _EITHER and (inside or speaks)):
+            return True
+    return False
 
 
 def _closed(schema: Any) -> Any:
@@ -105,13 +103,13 @@ def _closed(schema: Any) -> Any:
         return [_closed(one) for one in schema]
     if not isinstance(schema, Mapping):
         return schema
-    made = {}
+    made: dict[str, Any] = {}
     for key, inner in schema.items():
         if key in _INSIDE and isinstance(inner, Mapping):
             made[key] = {name: _closed(one) for name, one in inner.items()}
         else:
             made[key] = inner if key in _PLAIN else _closed(inner)
-    names, required = made.get("properties"), made.get("required", [])
+    names, required = made.get("properties"), made.get("required") or []
     if isinstance(names, dict) and names and isinstance(required, list) and names.keys() >= set(map(str, required)):
         least = made.get("minProperties", 0)
         if "patternProperties" not in made and isinstance(least, int) and least <= len(names):
