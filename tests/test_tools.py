@@ -119,7 +119,7 @@ def test_every_call_parses_and_fits(chat: g3.Engine) -> None:
         told = [event for event in events if event["kind"] == "tool_call"]
         pieces = {call["id"]: "" for call in reply.tool_calls}
         for event in told:
-            pieces[event["id"]] = pieces.get(event["id"], "") + event["arguments"]
+            pieces[event["call_id"]] = pieces.get(event["call_id"], "") + event["arguments"]
         if reply.finish_reason == "length":
             continue
         assert reply.finish_reason == "tool_calls" and reply.text == "" and reply.tool_calls
@@ -196,3 +196,19 @@ def test_chat_asks_before_it_runs_a_function(chat_folder: Path, tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         assert "touch()" in done.stderr and (tmp_path / "touched").exists() is (answer == "y")
         assert ("did not allow" if answer == "n" else "done") in done.stderr
+
+
+def test_a_worker_has_forms_and_tools_too(chat_folder: Path) -> None:
+    from pydantic import BaseModel
+
+    from mlx_gemma3.worker.client import WorkerEngine
+
+    class Sky(BaseModel):
+        colour: Literal["grey", "blue"]
+
+    with WorkerEngine(chat_folder) as worker:
+        reply = worker.generate("the", schema=Sky, **WILD)
+        assert isinstance(reply.parsed, Sky) and json.loads(reply.text) == {"colour": reply.parsed.colour}
+        one = {"tools": [stop_it], "tool_choice": "required", "parallel_tool_calls": False}
+        called = worker.generate("the", **one, **WILD)
+        assert [call["name"] for call in called.tool_calls] == ["stop_it"] and called.finish_reason == "tool_calls"

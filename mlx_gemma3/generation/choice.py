@@ -139,7 +139,7 @@ class Chooser:
                 self._bias[:, ids] = mx.array([float(bias) for bias in sampling.logit_bias.values()])
             logits = logits + self._bias
         if self._allowed is not None:
-            logits = mx.where(unpacked(mx.array(self._allowed), logits.shape[-1]), logits, -mx.inf)
+            logits = mx.where(unpacked(self._allowed, logits.shape[-1]), logits, -mx.inf)
         return logits
 
     def chose(self, token: mx.array) -> None:
@@ -227,7 +227,7 @@ def _on_host(one: tuple[mx.array, mx.array, mx.array]) -> list[Likelihood]:
     return [Likelihood(first[0], top) for first, top in zip(chosen, tops, strict=True)]
 
 
-def unpacked(words: mx.array, count: int) -> mx.array:
-    """(ceil(count / 32),) uint32 as (1, count) bool, the lowest bit of each word first."""
-    bits = (words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    return bits.flatten()[None, :count].astype(mx.bool_)
+def unpacked(words: NDArray[np.uint32], count: int) -> mx.array:
+    """(ceil(count / 32),) as (1, count) bool, the lowest bit of each word first."""
+    bits = np.unpackbits(words.astype("<u4").view(np.uint8), bitorder="little", count=count)
+    return mx.array(bits.view(np.bool_))[None]

@@ -43,7 +43,7 @@ class Calls:
             if head is None:
                 return False
             self._name, self._id, self._text = head[1], new_id(), self._text[head.end() :]
-            self._tell("", self._name)
+            self._tell("")
             return True
         end = self._end()
         piece, self._text = self._text[:end], self._text[end:]
@@ -71,8 +71,6 @@ class Calls:
                     return place
         return len(self._text)
 
-    def _tell(self, arguments: str, name: str | None = None) -> None:
-        event: ToolCallEvent = {
-            "kind": "tool_call", "index": len(self.found), "id": self._id, "name": self._name, "arguments": arguments,
-        }  # fmt: skip
-        self._put(event)
+    def _tell(self, arguments: str) -> None:
+        at = len(self.found)
+        self._put({"kind": "tool_call", "index": at, "call_id": self._id, "name": self._name, "arguments": arguments})

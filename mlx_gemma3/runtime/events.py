@@ -41,7 +41,7 @@ class ToolCallEvent(TypedDict):
 
     kind: Literal["tool_call"]
     index: int  # of the call in the answer
-    id: str
+    call_id: str
     name: str
     arguments: str  # JSON, to be joined
 

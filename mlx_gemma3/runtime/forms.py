@@ -86,23 +86,6 @@ class Form:
         return options.grammar
 
 
-def instance(options: Options, value: Any) -> Any:
-    """A parsed answer as what the caller's schema makes of it.
-
-    Raises:
-        OptionError: the model's own validators refuse it.
-    """
-    kind = options.schema
-    if value is None or not hints.is_model(kind):
-        return value
-    try:
-        return hints.instance(kind, value)
-    except Exception as error:
-        raise OptionError(
-            f"schema {kind.__name__}", got=f"an answer that its own checks refuse ({error})", want="one they take"
-        ) from None
-
-
 def _regex(pattern: str) -> str:
     """A regular expression between the slashes that Lark has around it."""
     made, escaped = "", False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..generation.constraint import Constraint
-from .forms import Form, instance
+from .forms import Form
 from .options import Options
 from .stream import Channel, Messages, Picture
 from .timeline import Tokens
@@ -48,12 +48,8 @@ class Request(Channel):
             like: an earlier request with the same prompt, which is prepared once for both.
             constraint: what the answer may consist of.
         """
-        super().__init__()
+        super().__init__(options.schema)
         self.prompt, self.images, self.options, self.conversation = prompt, list(images), options, conversation
         self.like, self.constraint = like, constraint
         self.form: Form | None = options.form if like is None else like.form
         self.prepared: Prepared | None = None  # set once, by the engine's thread
-
-    def instance(self, parsed: Any) -> Any:
-        """See Channel. Raises OptionError: the schema's class refuses it."""
-        return instance(self.options, parsed)

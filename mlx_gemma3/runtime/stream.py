@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from ..boundary.arguments import takes
-from ..errors import ClosedError, Gemma3Error
+from ..errors import ClosedError, Gemma3Error, OptionError
+from ..grammar.hints import instance, is_model
 from .events import Event, TokenLogprob, ToolCall, Usage
 
 Messages = Sequence[dict[str, Any]]
@@ -73,7 +74,9 @@ class _Flag:
 class Channel:
     """What a stream and the side that answers it share. Takes no locks of its own: garbage collection may cancel."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: Any = None) -> None:
+        """schema: what a parsed answer is to be an instance of, if it is a class."""
+        self.schema = schema
         self.unwanted = _Flag()  # cancelled, or nobody holds its stream any more: garbage collection may raise it
         self.error: Gemma3Error | None = None
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -106,8 +109,19 @@ class Channel:
             return None
 
     def instance(self, parsed: Any) -> Any:
-        """A parsed answer as its asker's own type."""
-        return parsed
+        """A parsed answer as its asker's own type.
+
+        Raises:
+            OptionError: the type's own checks refuse it.
+        """
+        kind = self.schema
+        if parsed is None or not is_model(kind):
+            return parsed
+        try:
+            return instance(kind, parsed)
+        except Exception as error:
+            got = f"an answer that its own checks refuse ({error})"
+            raise OptionError(f"schema {kind.__name__}", got=got, want="one they take") from None
 
     def listen(self, listener: Callable[[], None] | None) -> None:
         """Call this after each event that is added, in the thread that adds it; None: call nothing."""
@@ -135,8 +149,8 @@ class Stream:
     def next(self, timeout: float | None = None) -> Event:
         """The next event, as a dict of plain types.
 
-        {"kind": "text", "text", "tokens"} · {"kind": "tool_call", "index", "id", "name", "arguments"}: a piece of a
-        call · {"kind": "pending"}: nothing within `timeout` seconds, or progress ("stage", "done", "total") ·
+        {"kind": "text", "text", "tokens"} · {"kind": "tool_call", "index", "call_id", "name", "arguments"}: a piece
+        of a call · {"kind": "pending"}: nothing within `timeout` seconds, or progress ("stage", "done", "total") ·
         {"kind": "done", "text", "tokens", "finish_reason", "usage"} · {"kind": "error", "code", "message"}. The
         last two end the stream and are given again when asked again.
         """

@@ -132,7 +132,7 @@ class _Answer:
                         if open_block >= 0:
                             yield event("content_block_stop", index=open_block)
                         open_block = call["index"]
-                        block = {"type": "tool_use", "id": call["id"], "name": call["name"], "input": {}}
+                        block = {"type": "tool_use", "id": call["call_id"], "name": call["name"], "input": {}}
                         yield event("content_block_start", index=open_block, content_block=block)
                     else:
                         delta = {"type": "input_json_delta", "partial_json": call["arguments"]}

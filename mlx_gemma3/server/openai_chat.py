@@ -209,7 +209,7 @@ def _call_delta(event: ToolCallEvent) -> dict[str, Any]:
         return {"index": event["index"], "function": function}
     return {
         "index": event["index"],
-        "id": event["id"],
+        "id": event["call_id"],
         "type": "function",
         "function": {"name": event["name"], **function},
     }

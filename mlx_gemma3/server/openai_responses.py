@@ -165,7 +165,7 @@ class _Answer:
     def _finished(self, done: DoneEvent) -> dict[str, Any]:
         full = done["finish_reason"] == "length"
         calls = done.get("tool_calls", [])
-        items = [self._call(number, call) for number, call in enumerate(calls)]
+        items = [self._call(at, call["id"], call["name"], call["arguments"]) for at, call in enumerate(calls)]
         found = self._response(
             "incomplete" if full else "completed", items or [self._message(done["text"], "completed")]
         )
@@ -233,12 +233,14 @@ class _Answer:
         if event["arguments"]:
             kind, delta = "response.function_call_arguments.delta", event["arguments"]
             return self._event(kind, item_id=self._call_id(number), output_index=number, delta=delta)
-        return self._event("response.output_item.added", output_index=number, item=self._call(number, event))
+        return self._event(
+            "response.output_item.added", output_index=number, item=self._call(number, event["call_id"], event["name"])
+        )
 
     def _calls_end(self, calls: Sequence[ToolCall]) -> list[bytes]:
         events = []
         for number, call in enumerate(calls):
-            item = self._call(number, call)
+            item = self._call(number, call["id"], call["name"], call["arguments"])
             told = {"item_id": item["id"], "name": call["name"], "arguments": item["arguments"]}
             events += [
                 self._event("response.function_call_arguments.done", output_index=number, **told),
@@ -249,15 +251,15 @@ class _Answer:
     def _call_id(self, number: int) -> str:
         return f"fc_{self._item.removeprefix('msg_')}{number}"
 
-    def _call(self, number: int, call: ToolCall | ToolCallEvent) -> dict[str, Any]:
-        given = call["arguments"]
+    def _call(self, number: int, call: str, name: str, arguments: Any = None) -> dict[str, Any]:
+        """A call's item; without arguments it is still being written."""
         return {
             "type": "function_call",
             "id": self._call_id(number),
-            "call_id": call["id"],
-            "name": call["name"],
-            "arguments": given if isinstance(given, str) else json.dumps(given, ensure_ascii=False),
-            "status": "in_progress" if isinstance(given, str) else "completed",
+            "call_id": call,
+            "name": name,
+            "arguments": "" if arguments is None else json.dumps(arguments, ensure_ascii=False),
+            "status": "in_progress" if arguments is None else "completed",
         }
 
     def _message(self, text: str | None, status: str) -> dict[str, Any]:
