@@ -1,7 +1,7 @@
 # What CI runs: make check test bench docs. The environment is made once, by the first target that needs it.
 PYTHON ?= .venv/bin/python
 
-.PHONY: check test test-slow swift-test bench mac-check docs goldens demo-accuracy
+.PHONY: check test test-slow test-clients swift-test bench mac-check docs goldens demo-accuracy
 
 $(PYTHON):
 	python3 -m venv .venv
@@ -18,6 +18,12 @@ test: $(PYTHON)
 
 test-slow: $(PYTHON)
 	$(PYTHON) -m pytest -m slow
+
+# LiteLLM, llm, pydantic-ai, lm-eval and Schemathesis against the server, in an environment of their own
+test-clients:
+	python3 -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q -e '.[clients]'
+	.venv-clients/bin/python -m pytest -m clients -o filterwarnings= tests/clients
 
 # A Linux without swift gets one in a folder of its own (root and debootstrap needed): docs/swift.md
 swift-test:

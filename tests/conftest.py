@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import tiny_tokenizer
-
-# A chat template that writes Gemma 3's own turns.
-TEMPLATE = Path(__file__).resolve().parent.parent / "mlx_gemma3" / "demo" / "chat_template.json"
-PICTURES = Path(__file__).resolve().parent.parent / "examples" / "pictures"
+from places import PICTURES, TEMPLATE
 
 
 @pytest.fixture(scope="session", autouse=True)

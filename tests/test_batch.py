@@ -15,7 +15,7 @@ from mlx_gemma3.generation.batch import Batch, Row, decode
 from mlx_gemma3.generation.choice import Chooser
 from mlx_gemma3.generation.prefill import prefill
 from mlx_gemma3.generation.sampling import Sampling
-from mlx_gemma3.model import cache, cpu
+from mlx_gemma3.model import cache, cache_state, cpu
 from mlx_gemma3.model.cache import Caches
 from mlx_gemma3.model.fused import gpu_kernels
 from mlx_gemma3.model.gemma3 import Gemma3
@@ -192,7 +192,7 @@ def test_a_state_makes_the_same_caches() -> None:
     for token in range(30):
         runner.step(mx.array([token + 4]), [caches])
     other = runner.make_caches()
-    other.restore(caches.state())
+    cache_state.restore(other, cache_state.state_of(caches))
     assert other.offset == caches.offset and other.reach(36) == caches.reach(36) == 36
     assert mx.array_equal(runner.step(mx.array([7]), [caches]), runner.step(mx.array([7]), [other]))
     assert mx.array_equal(other.rewind(36), logits)

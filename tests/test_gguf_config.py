@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_gguf
-from conftest import TEMPLATE
+from places import TEMPLATE
 
 from mlx_gemma3.boundary.gguf_header import GGUFHeader
 from mlx_gemma3.checkpoint import gguf_config

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import tiny_gguf
 import tiny_tokenizer
-from conftest import PICTURES, TEMPLATE
+from places import PICTURES, TEMPLATE
 from test_gguf import WIDE, same_parameters
 
 import mlx_gemma3 as g3

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PICTURES
 from picture_server import serving
 from PIL import Image
+from places import PICTURES
 
 import mlx_gemma3 as g3
 from mlx_gemma3.errors import ImageError, OptionError, PromptError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import TEMPLATE
+from places import TEMPLATE
 from tiny_tokenizer import write_tokenizer
 from worker_process import Worker
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_tokenizer
-from conftest import TEMPLATE
+from places import TEMPLATE
 
 import mlx_gemma3 as g3
 from mlx_gemma3.checkpoint.load import Checkpoint, open_checkpoint

@@ -286,11 +286,12 @@ def _stats(usage: Usage, *, unpacked: int) -> str:
     def speed(tokens: int, seconds: float) -> str:
         return f"{tokens / seconds:.1f} tokens/s" if tokens > 0 and seconds > 0 else "no speed"
 
+    on_disk = " from disk" if usage["cached_from"] == "disk" else ""
     answered = usage["completion_tokens"]
     after_first = usage["answer_seconds"] - (usage["first_token_seconds"] - usage["prompt_seconds"])
     return " · ".join(
         [
-            f"prompt {usage['prompt_tokens']} tokens, {usage['cached_tokens']} of them known, "
+            f"prompt {usage['prompt_tokens']} tokens, {usage['cached_tokens']} of them known{on_disk}, "
             + speed(usage["processed_tokens"], usage["prompt_seconds"]),
             *([f"{usage['images']} pictures"] if usage["images"] else []),
             f"answer {answered} tokens, {speed(answered - 1, after_first)}",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import OptionError
+from .prompt_cache import Folder, Size, kept_in
 from .terminal import tell
 
 
@@ -42,6 +43,8 @@ def serve(
     local_kv_bits: Annotated[int, typer.Option(help="The same of local layers.")] = 16,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
+    prompt_cache: Folder = None,
+    prompt_cache_size: Size = "20GB",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that answers have to end in after SIGTERM.")] = 30.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what is asked to stderr.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No line for each request.")] = False,
@@ -60,6 +63,7 @@ def serve(
     load: dict[str, Any] = {
         "dtype": dtype, "text_only": text_only, "kv_bits": kv_bits, "local_kv_bits": local_kv_bits,
         "max_context": max_context, "parallel": parallel, "queue": queue, "quiet": quiet,
+        **kept_in(prompt_cache, prompt_cache_size),
     }  # fmt: skip
     settings = Settings(
         models=tuple(models),

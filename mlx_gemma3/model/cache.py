@@ -11,7 +11,7 @@ buffer that nobody else holds. A snapshot or a fork holds references, so the fir
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ SLACK = 128  # tokens that a local layer can always go back, and as many again b
 KV_BITS = (16, 8, 4)
 KV_GROUP = 64
 
+Extent = tuple[int, tuple[int, ...]]  # tokens read, and the rows that each local layer holds of them
 Rows = tuple[mx.array, ...]  # (B, heads, S, D) alone, or packed: weight, scales, biases of (B, heads, S, …)
 
 
@@ -84,7 +85,7 @@ class LayerCache:
             return (self.parts[0][:, :, start:stop],) if self.parts else ()
         return tuple(part[:, :, start:stop] for part in self.parts)
 
-    def _take(self, offset: int, filled: int, rows: Rows) -> None:
+    def take(self, offset: int, filled: int, rows: Rows) -> None:
         """Become what `hold` or `rows` of such a layer returned."""
         self.offset, self.parts = offset, [part[...] for part in rows]
 
@@ -149,8 +150,8 @@ class WindowCache(LayerCache):
         self.filled = max(0, self.filled - (self.offset - position))  # below 0 only where nothing is kept: position 0
         self.offset = position
 
-    def _take(self, offset: int, filled: int, rows: Rows) -> None:
-        super()._take(offset, filled, rows)
+    def take(self, offset: int, filled: int, rows: Rows) -> None:
+        super().take(offset, filled, rows)
         self.filled = filled
 
 
@@ -174,19 +175,9 @@ class Snapshot:
     def nbytes(self) -> int:
         return sum(part.nbytes for layer in self.layers if layer for part in layer[1])
 
-
-@dataclass(frozen=True)
-class CacheState:
-    """Caches as plain numbers and named arrays: what a file holds of them.
-
-    Arrays are called `layer.N.keys.P`, `layer.N.values.P`, and, of the border, `border.N.…` and `border.logits`; P
-    counts the parts of packed rows. (1, K, rows, …) each.
-    """
-
-    offset: int
-    filled: tuple[int, ...]  # rows of each local layer; 0 for a global one
-    border: tuple[int, tuple[int, ...]] | None  # a snapshot: its position, and rows as above
-    arrays: Mapping[str, mx.array]
+    @property
+    def extent(self) -> Extent:
+        return self.position, tuple(layer[0] for layer in self.layers if layer)
 
 
 class Caches:
@@ -239,47 +230,11 @@ class Caches:
         other.layers = []
         for layer in self.layers:
             twin: Any = WindowCache(layer.window, layer.bits) if layer.window is not None else GlobalCache(layer.bits)
-            twin._take(layer.offset, layer.filled, layer.hold())
+            twin.take(layer.offset, layer.filled, layer.hold())
             other.layers.append(twin)
         other.padding, other.ends_in_image = self.padding, self.ends_in_image
         other.snapshots, other.unsettled = list(self.snapshots), self.unsettled
         return other
-
-    def state(self) -> CacheState:
-        """What `restore` makes the same caches of. Of the snapshots only the border: the last one, where the local
-        layers have moved on since.
-        """
-        arrays: dict[str, mx.array] = {}
-        for number, layer in enumerate(self.layers):
-            if layer.filled:
-                arrays |= _named(f"layer.{number}", layer.rows())
-        last = self.snapshots[-1] if self.snapshots else None
-        border = None
-        if last is not None and not all(layer.reaches(last.position) for layer in self.layers):
-            border = last.position, tuple(layer[0] if layer else 0 for layer in last.layers)
-            for number, held in enumerate(last.layers):
-                if held is not None:
-                    arrays |= _named(f"border.{number}", tuple(part[:, :, : held[0]] for part in held[1]))
-            if last.logits is not None:
-                arrays["border.logits"] = last.logits
-        filled = tuple(layer.filled if layer.window is not None else 0 for layer in self.layers)
-        return CacheState(self.offset, filled, border, arrays)
-
-    def restore(self, state: CacheState) -> None:
-        """Take over a state of caches of the same kind; its shapes were checked."""
-        for number, (layer, filled) in enumerate(zip(self.layers, state.filled, strict=True)):
-            layer._take(state.offset, filled, _joined(f"layer.{number}", state.arrays))
-        self.ends_in_image, self.snapshots = False, []
-        if state.border is not None:
-            position, counts = state.border
-            held = tuple(
-                (count, _joined(f"border.{number}", state.arrays)) if count else None
-                for number, count in enumerate(counts)
-            )
-            self.snapshots = [Snapshot(position, held, state.arrays.get("border.logits"))]
-        mx.eval(
-            self.arrays, [part for snapshot in self.snapshots for held in snapshot.layers if held for part in held[1]]
-        )
 
     def take_snapshot(self, logits: mx.array | None = None, *, budget: int) -> None:
         """Remember this position. The oldest snapshots are dropped until all of them fit into `budget` bytes."""
@@ -294,23 +249,8 @@ class Caches:
             total -= self.snapshots.pop(0).nbytes
 
     def reach(self, position: int) -> int:
-        """The last position up to `position` to which `rewind` can go with nothing lost.
-
-        A state is the present or a snapshot: for each local layer the rows from `first` to `end`, without a gap.
-        Going back to q <= end is exact when all that later queries can see is there. A query at p >= q sees, of the
-        rows before q, those from p - W + 1 on, at the earliest q - W + 1. So a local layer needs the rows q - W + 1 to
-        q - 1 that exist: first = 0, or q - (W - 1) >= first. A global layer needs rows 0 to q - 1: it is only ever
-        written at its end, and `rewind` drops the snapshots beyond q, so what lies before a snapshot's position is
-        what lay there when it was taken. A row never depends on rows after it, but for image tokens, whose block must
-        be read whole: q must not lie inside one, and that is the caller's part.
-        """
-        best = 0
-        for snapshot in self.snapshots:
-            q = min(position, snapshot.position)
-            if all(layer is None or _holds(snapshot, layer[0], self._window, q) for layer in snapshot.layers):
-                best = max(best, q)
-        q = min(position, self.offset)
-        return max(best, q) if all(layer.reaches(q) for layer in self.layers) else best
+        """The last position up to `position` to which `rewind` can go with nothing lost."""
+        return reach(position, [*(snapshot.extent for snapshot in self.snapshots), self.extent], self.window)
 
     def rewind(self, position: int) -> mx.array | None:
         """Go back to a position that `reach` returned; returns the logits after it where a snapshot knows them."""
@@ -318,16 +258,11 @@ class Caches:
         known = next((snapshot for snapshot in self.snapshots if snapshot.position == position), None)
         if not all(layer.reaches(position) for layer in self.layers):
             source = next(
-                snapshot
-                for snapshot in self.snapshots
-                if snapshot.position >= position
-                and all(
-                    layer is None or _holds(snapshot, layer[0], self._window, position) for layer in snapshot.layers
-                )
+                snapshot for snapshot in self.snapshots if reach(position, [snapshot.extent], self.window) == position
             )
             for layer, held in zip(self.layers, source.layers, strict=True):
                 if held is not None:
-                    layer._take(source.position, *held)
+                    layer.take(source.position, *held)
         for layer in self.layers:
             layer.rewind(position)
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.position <= position]
@@ -335,7 +270,13 @@ class Caches:
         return known.logits if known is not None else None
 
     @property
-    def _window(self) -> int:
+    def extent(self) -> Extent:
+        """What the local layers hold now."""
+        return self.offset, tuple(layer.filled for layer in self.layers if layer.window is not None)
+
+    @property
+    def window(self) -> int:
+        """Of the local layers; 1 where there are none."""
         return next((layer.window for layer in self.layers if layer.window is not None), 1)
 
     def __len__(self) -> int:
@@ -348,23 +289,23 @@ class Caches:
         return iter(self.layers)
 
 
-def _holds(snapshot: Snapshot, filled: int, window: int, position: int) -> bool:
-    first = snapshot.position - filled
-    return first == 0 or position - (window - 1) >= first
+def reach(position: int, extents: Iterable[Extent], window: int) -> int:
+    """The last position up to `position` to which caches that were held to these extents can go with nothing lost.
 
-
-def _named(name: str, rows: Rows) -> dict[str, mx.array]:
-    keys, values = keys_and_values(rows)
-    sides = (("keys", keys), ("values", values))
-    return {f"{name}.{side}.{part}": array for side, parts in sides for part, array in enumerate(parts)}
-
-
-def _joined(name: str, arrays: Mapping[str, mx.array]) -> Rows:
-    """What `_named` made two of; nothing where there are no rows."""
-    numbers = [part for part in range(3) if f"{name}.keys.{part}" in arrays]
-    return tuple(
-        mx.concatenate([arrays[f"{name}.{side}.{part}"] for side in ("keys", "values")], axis=1) for part in numbers
-    )
+    An extent is the present or a snapshot: for each local layer the rows from `first` to `end`, without a gap. Going
+    back to q <= end is exact when all that later queries can see is there. A query at p >= q sees, of the rows before
+    q, those from p - W + 1 on, at the earliest q - W + 1. So a local layer needs the rows q - W + 1 to q - 1 that
+    exist: first = 0, or q - (W - 1) >= first. A global layer needs rows 0 to q - 1: it is only ever written at its end,
+    and `Caches.rewind` drops the snapshots beyond q, so what lies before a snapshot's position is what lay there when
+    it was taken. A row never depends on rows after it, but for image tokens, whose block must be read whole: q must not
+    lie inside one, and that is the caller's part.
+    """
+    best = 0
+    for end, filled in extents:
+        q = min(position, end)
+        if all(rows == end or q - (window - 1) >= end - rows for rows in filled):
+            best = max(best, q)
+    return best
 
 
 def check_padding(padding: Sequence[int] | None) -> tuple[int, ...] | None:

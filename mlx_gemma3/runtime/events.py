@@ -47,10 +47,11 @@ class ToolCallEvent(TypedDict):
 
 
 class Usage(TypedDict):
-    """What an answer took. Tokens, seconds, bytes."""
+    """What an answer took: tokens, seconds, bytes."""
 
     prompt_tokens: int
     cached_tokens: int  # of them not processed again
+    cached_from: Literal["", "memory", "disk"]  # where these were; "" without any
     processed_tokens: int
     completion_tokens: int
     prompt_seconds: float  # from the answer's turn to the prompt read
@@ -103,7 +104,7 @@ Event = TextEvent | ToolCallEvent | DoneEvent | ErrorEvent | PendingEvent
 def no_usage() -> Usage:
     """Of an answer that was never begun."""
     return Usage(
-        prompt_tokens=0, cached_tokens=0, processed_tokens=0, completion_tokens=0, prompt_seconds=0.0,
+        prompt_tokens=0, cached_tokens=0, cached_from="", processed_tokens=0, completion_tokens=0, prompt_seconds=0.0,
         first_token_seconds=0.0, answer_seconds=0.0, peak_memory_bytes=0, images=0, images_encoded=0,
         prepare_seconds=0.0,
     )  # fmt: skip

@@ -35,6 +35,8 @@ class Job:
         self.preparing = False
         self.tokens: Tokens | None = None  # the whole prompt, once prepared
         self.timeline: Timeline | None = None
+        self.recalling: bool | None = None  # whether a file of the prompt cache is read for it; None: never asked
+        self.recalled: Timeline | None = None  # what was read
         self.row: Row | None = None
         self.answer: Answer | None = None
         count = request.options.prompt_logprobs
@@ -77,11 +79,16 @@ class Job:
         self.tokens = conversation.prompt()
         self._usage["images"] = sum(exchange.images for exchange in exchanges)
 
-    def reads(self, timeline: Timeline, reused: int) -> None:
-        """Its turn has come: the prompt is read into this timeline."""
+    def recall_begins(self) -> None:
+        """Its turn has come, with a file of the prompt cache."""
+        self.recalling, self._began = True, time.perf_counter()
+
+    def reads(self, timeline: Timeline, reused: int, *, recalled: bool = False) -> None:
+        """Its turn has come: the prompt is read into this timeline, which may have been recalled from disk."""
         assert self.tokens is not None
-        self.timeline, self._began = timeline, time.perf_counter()
+        self.timeline, self._began = timeline, self._began or time.perf_counter()
         self._usage["prompt_tokens"], self._usage["cached_tokens"] = len(self.tokens), reused
+        self._usage["cached_from"] = "" if not reused else "disk" if recalled else "memory"
         self.tell_progress()
 
     def tell_progress(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TypedDict
 
 from mlx.utils import tree_flatten
@@ -27,7 +28,7 @@ class About(TypedDict):
     max_context: int  # tokens of a prompt and its answer
     weights_bytes: int
     unpacked_bytes: int  # of packed weights that a CPU keeps as float32 too, because it is faster so
-    notes: list[str]  # sentences on how the checkpoint was understood, often none
+    notes: list[str]  # sentences on how the checkpoint was understood, and on prompts kept on disk; often none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,17 @@ class EngineOptions:
     max_context: int | None = None
     parallel: int = 8
     queue: int = 256
+    prompt_cache: str | Path | None = None
+    prompt_cache_bytes: int = 20 * 10**9
     force: bool = False
     quiet: bool = False
 
 
 class Loaded:
-    """A checkpoint that was loaded: its settings, its words, what there is to say of it. Holds no array."""
+    """A checkpoint that was loaded: its settings, its words, what there is to say of it. Holds no array.
+
+    Only `notes` may grow.
+    """
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions, runner: Runner) -> None:
         self.checkpoint, self.options = checkpoint, options
@@ -57,6 +63,7 @@ class Loaded:
         positions = checkpoint.config.text.max_position_embeddings
         self.max_context = min(options.max_context or positions, positions)
         self.dtype = str(runner.dtype).removeprefix("mlx.core.")
+        self.notes = list(checkpoint.notes)
         self._unpacked_bytes = runner.unpacked_bytes
         self._weights_bytes = sum(array.nbytes for _, array in tree_flatten(runner.model.parameters()))
 
@@ -73,7 +80,7 @@ class Loaded:
             max_context=self.max_context,
             weights_bytes=self._weights_bytes,
             unpacked_bytes=self._unpacked_bytes,
-            notes=list(self.checkpoint.notes),
+            notes=list(self.notes),
         )
 
     @cached_property

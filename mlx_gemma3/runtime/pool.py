@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .timeline import Timeline, Tokens
 
 
@@ -11,10 +13,11 @@ class Pool:
     Args:
         most: timelines that are kept.
         budget: and their bytes.
+        dropped: called with each that is let go.
     """
 
-    def __init__(self, most: int, budget: int) -> None:
-        self.most, self.budget = most, budget
+    def __init__(self, most: int, budget: int, dropped: Callable[[Timeline], None] = lambda _: None) -> None:
+        self.most, self.budget, self._dropped = most, budget, dropped
         self.timelines: list[Timeline] = []
 
     def best(self, tokens: Tokens) -> tuple[Timeline | None, int]:
@@ -26,6 +29,10 @@ class Pool:
             return None, 0
         return best, reused
 
+    def shared(self, tokens: Tokens) -> int:
+        """How much of a prompt one of them begins with, whether or not it can be taken back so far."""
+        return max((timeline.tokens.shared(tokens) for timeline in self.timelines), default=0)
+
     def take(self, timeline: Timeline) -> None:
         self.timelines.remove(timeline)
 
@@ -35,7 +42,7 @@ class Pool:
             self.drop_oldest()
 
     def drop_oldest(self) -> None:
-        self.timelines.pop(0)
+        self._dropped(self.timelines.pop(0))
 
     @property
     def nbytes(self) -> int:

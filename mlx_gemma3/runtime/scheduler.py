@@ -34,6 +34,7 @@ from .finite import check_finite
 from .job import Job, done_event
 from .loaded import Loaded
 from .pool import Pool
+from .prompt_cache import PromptCache
 from .prompts import check_turn, end_ids, prepare
 from .request import Prepared
 from .timeline import FeatureCache, Timeline, Tokens
@@ -68,8 +69,15 @@ class Scheduler:
         """
         self.loaded, self.runner, self.budget = loaded, runner, budget
         self.features = FeatureCache()
-        self.pool = Pool(max(4, loaded.options.parallel), budget // 4)
         self._send = send
+        options = loaded.options
+        self.prompts: PromptCache | None = None
+        if options.prompt_cache is not None:
+            self.prompts = PromptCache(
+                options.prompt_cache, options.prompt_cache_bytes, loaded, self.new_timeline, send
+            )
+        most, dropped = max(4, options.parallel), self.prompts.keep if self.prompts is not None else _forget
+        self.pool = Pool(most, budget // 4, dropped)
         self._line: list[Job | Call] = []  # in the order in which they came
         self._readers: deque[Job] = deque()  # the next one to read a chunk stands first
         self._batch = Batch(runner)
@@ -121,6 +129,11 @@ class Scheduler:
                 item.future.set_exception(error)
         for job in self.running:
             self._fail(job, error)
+
+    def close(self) -> None:
+        """Nothing is in work any more: keep on disk what is to be kept there."""
+        if self.prompts is not None:
+            self.prompts.close(self.pool.timelines)
 
     def cancel_all(self) -> None:
         """The engine closes."""
@@ -216,7 +229,11 @@ class Scheduler:
                 failed = error
                 self._send(lambda: self._prepared(job, None, failed))
             else:
-                self._send(lambda: self._prepared(job, found, None))
+                try:
+                    if self.prompts is not None:
+                        self.prompts.files.look()
+                finally:
+                    self._send(lambda: self._prepared(job, found, None))
 
         threading.Thread(target=work, name="mlx-gemma3 prompt", daemon=True).start()
 
@@ -237,22 +254,30 @@ class Scheduler:
 
     def _admit(self) -> None:
         """In order, as many as may run at once and as memory lasts for."""
+        recalls = 0
         for item in list(self._line):
             if not isinstance(item, Job) or item.tokens is None or item.error is not None:
                 continue
-            if len(self._readers) + len(self._writers) >= self.loaded.options.parallel:
+            if item.recalling:
+                recalls += 1
+                continue
+            if len(self._readers) + len(self._writers) + recalls >= self.loaded.options.parallel:
                 return
             item.kv_bytes = self._kv_bytes(item, item.tokens)
             if not self._fits(item, item.tokens):
                 return
             if self._begin(item, item.tokens):
                 self._line.remove(item)
+            recalls += bool(item.recalling)
 
     def _begin(self, job: Job, tokens: Tokens) -> bool:
-        """Give it a timeline and let it read. False when another reads the same prompt now, and it had better wait."""
+        """Give it a timeline and let it read. False when it had better wait: another reads the same prompt now, or a
+        file of the prompt cache is read for it.
+        """
         if not self.busy:
             mx.reset_peak_memory()
         timeline: Timeline | None
+        recalled: Timeline | None = None
         if job.conversation is not None:
             timeline = job.conversation.timeline
         elif job.score is not None:
@@ -266,14 +291,21 @@ class Scheduler:
                     return False
                 if (there := other.timeline.reusable(tokens)) > reused + WORTH_A_FORK:
                     timeline, reused = other.timeline, there
-            if timeline is None:
+            if self.prompts is not None and self.prompts.recall(job, tokens, reused):
+                return False
+            recalled, job.recalled = job.recalled, None
+            if recalled is not None and recalled.reusable(tokens) > reused:
+                timeline = recalled
+            elif timeline is None:
                 timeline = self.new_timeline()
             elif timeline in self.pool.timelines:
                 self.pool.take(timeline)
             else:
                 timeline = timeline.fork()
         try:
-            job.reads(timeline, timeline.open(tokens, limit=self.loaded.options.max_context))
+            border = self._border(tokens) if job.conversation is None else 0
+            reused = timeline.open(tokens, limit=self.loaded.options.max_context, border=border)
+            job.reads(timeline, reused, recalled=timeline is recalled)
             timeline.caches.expect(self._context(job, tokens))
             if timeline.logits is not None:
                 self._start_writing(job)
@@ -282,6 +314,11 @@ class Scheduler:
         except Exception as error:
             self._fail(job, error)
         return True
+
+    def _border(self, tokens: Tokens) -> int:
+        """Up to where the prompt begins as another that is kept: the next such prompt may go on from there."""
+        on_disk = self.prompts.files.shared(tokens) if self.prompts is not None else 0
+        return max(self.pool.shared(tokens), on_disk)
 
     def _kv_bytes(self, job: Job, tokens: Tokens) -> int:
         """Of the keys and values that the answer may come to need."""
@@ -312,6 +349,8 @@ class Scheduler:
             unfused=self.runner.unfused_chunk,
         ).total
         free = self.budget - alone - sum(other.kv_bytes for other in self.running)
+        if self.prompts is not None:
+            free -= self.prompts.held
         while self.pool.timelines and self.pool.nbytes > free:
             self.pool.drop_oldest()
         return free >= 0
@@ -478,6 +517,10 @@ def known(error: BaseException) -> Gemma3Error:
     unforeseen = Gemma3Error(f"{type(error).__name__} in the engine", got=error)
     unforeseen.add_note("".join(traceback.format_exception(error)))
     return unforeseen
+
+
+def _forget(_: Timeline) -> None:
+    """Nothing is kept of it."""
 
 
 def _smoothed(old: float, new: float) -> float:

@@ -7,19 +7,20 @@ range that writing gives it, and each array the shape that the model's caches ha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config import Config
 from ..errors import SessionError
-from ..model.cache import KV_GROUP, Caches, CacheState, WindowCache
-from .conversation import Conversation, Turn
+from ..model.cache import KV_GROUP, Caches, WindowCache
+from ..model.cache_state import CacheState, border_name
+from .conversation import Turn
 from .timeline import Tokens
 
 FLOATS = ("F32", "BF16", "F16")  # as safetensors spells them
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-PICTURE, BORDER_LOGITS, NOTHING = "picture.", "border.logits", "empty"
+PICTURE, NOTHING = "picture.", "empty"
 SIDES = ("keys", "values")
 
 
@@ -29,21 +30,25 @@ class State:
 
     offset: int  # tokens in the caches
     filled: tuple[int, ...]  # rows that each local layer holds; 0 for a global one
-    border: tuple[int, tuple[int, ...]] | None  # a snapshot: its position, and rows as above
+    borders: tuple[tuple[int, tuple[int, ...]], ...]  # snapshots, the last one first: position, and rows as above
     tokens: Tokens
     system: str | None
     exchanges: tuple[Turn, ...]
 
 
-def plain(conversation: Conversation, caches: CacheState) -> dict[str, Any]:
-    """What `read_state` reads, as JSON takes it."""
+def plain(
+    caches: CacheState, tokens: Tokens, system: str | None = None, exchanges: Sequence[Turn] = ()
+) -> dict[str, Any]:
+    """What `read_state` reads, as JSON takes it. A prompt that belongs to no conversation has no turns."""
+    more = {"earlier": caches.borders[1:]} if caches.borders[1:] else {}
     return {
         "offset": caches.offset,
         "filled": caches.filled,
-        "border": caches.border,
-        "tokens": asdict(conversation.timeline.tokens),
-        "system": conversation.system,
-        "exchanges": [asdict(exchange) for exchange in conversation.exchanges],
+        "border": caches.borders[0] if caches.borders else None,
+        **more,
+        "tokens": {"ids": tokens.ids, "spans": tokens.spans, "digests": tokens.digests},  # asdict copies each number
+        "system": system,
+        "exchanges": [asdict(exchange) for exchange in exchanges],
     }
 
 
@@ -56,11 +61,12 @@ def read_state(values: Mapping[str, Any], path: object, caches: Caches, config: 
     reader = _Reader(str(path), config)
     offset = reader.number("offset", values.get("offset"), 0, config.text.max_position_embeddings)
     filled = reader.filled("filled", values.get("filled"), caches, offset)
-    border = None
-    if (held := values.get("border")) is not None:
+    borders: list[tuple[int, tuple[int, ...]]] = []
+    first = [] if values.get("border") is None else [values["border"]]
+    for held in first + reader.list("earlier", values.get("earlier", [])):
         position, rows = reader.list("border", held, 2)
-        position = reader.number("border", position, 1, offset)
-        border = (position, reader.filled("border", rows, caches, position))
+        position = reader.number("border", position, 1, borders[-1][0] - 1 if borders else offset)
+        borders.append((position, reader.filled("border", rows, caches, position)))
     tokens = reader.tokens("tokens", values.get("tokens"))
     if len(tokens) < offset:
         raise reader.wrong("tokens", len(tokens), f"one for each of {offset} rows")
@@ -76,7 +82,7 @@ def read_state(values: Mapping[str, Any], path: object, caches: Caches, config: 
     return State(
         offset,
         filled,
-        border,
+        tuple(borders),
         tokens,
         None if system is None else reader.text("system", system),
         tuple(exchanges),
@@ -89,10 +95,10 @@ def shapes(state: State, caches: Caches, config: Config) -> dict[str, tuple[tupl
     for number, (layer, filled) in enumerate(zip(caches, state.filled, strict=True)):
         rows = state.offset if layer.window is None else filled
         wanted |= _rows(f"layer.{number}", layer.bits, rows, config)
-    if state.border is not None:
-        for number, (layer, filled) in enumerate(zip(caches, state.border[1], strict=True)):
+    for index, (_, rows_of) in enumerate(state.borders):
+        for number, (layer, filled) in enumerate(zip(caches, rows_of, strict=True)):
             if layer.window is not None:
-                wanted |= _rows(f"border.{number}", layer.bits, filled, config)
+                wanted |= _rows(f"{border_name(index)}.{number}", layer.bits, filled, config)
     for exchange in state.exchanges:
         for name in exchange.asked.digests:
             wanted[PICTURE + name] = picture_shape(config)
@@ -106,8 +112,8 @@ def optional_shapes(
     pictures = [name for name in names if _DIGEST.fullmatch(name.removeprefix(PICTURE)) and name.startswith(PICTURE)]
     may: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = dict.fromkeys(pictures, picture_shape(config))
     may[NOTHING] = (FLOATS, (1,))
-    if state.border is not None:
-        may[BORDER_LOGITS] = (("F32",), (1, config.text.vocab_size))
+    for index in range(len(state.borders)):
+        may[f"{border_name(index)}.logits"] = (("F32",), (1, config.text.vocab_size))
     return may
 
 

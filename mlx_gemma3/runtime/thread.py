@@ -203,6 +203,7 @@ class EngineThread(threading.Thread):
             if scheduler.busy:
                 continue
             if ending and not scheduler.waiting:
+                scheduler.close()
                 return
             with contextlib.suppress(queue.Empty):
                 item = self._queue.get(timeout=_BEAT if scheduler.waiting else None)
@@ -216,6 +217,8 @@ class EngineThread(threading.Thread):
             do="load the model again, in a new process",
         )
         scheduler.fail_all(error)
+        scheduler.pool.timelines.clear()
+        scheduler.close()
         with self._lock:
             self._error = error
             self._queue.put(None)

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +24,17 @@ from ..model.runner import Runner
 
 SNAPSHOT_BYTES = 2 << 30
 FEATURE_BYTES = 256 << 20
+WORTH_A_SNAPSHOT = 256  # tokens that one on the way through a prompt may save the next
+
+
+class Keyed(Protocol):
+    """As much of some tokens as others can be compared with."""
+
+    @property
+    def keys(self) -> NDArray[np.int64]: ...
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Tokens:
             keys[start:stop] = -1 - int(digest[:14], 16)
         return keys
 
-    def shared(self, other: Tokens) -> int:
+    def shared(self, other: Keyed) -> int:
         """How many leading tokens are the same; never a part of an image block of either."""
         count = min(len(self), len(other))
         different = np.flatnonzero(self.keys[:count] != other.keys[:count])
@@ -132,6 +144,7 @@ class Timeline:
         self.tokens = Tokens(())  # may run ahead of the caches by the last token written
         self.logits: mx.array | None = None  # (1, V) float32 after the last token in the caches, when known
         self._prompt = Tokens(())
+        self._border = 0  # where a snapshot is taken on the way; 0 for nowhere
 
     @property
     def nbytes(self) -> int:
@@ -153,11 +166,12 @@ class Timeline:
         """How many tokens of a prompt need not be processed again."""
         return self.caches.reach(min(self.tokens.shared(prompt), self.caches.offset))
 
-    def open(self, prompt: Tokens, *, limit: int | None = None) -> int:
+    def open(self, prompt: Tokens, *, limit: int | None = None, border: int = 0) -> int:
         """Go back to what the caches share with a prompt, which `read_chunk` then reads.
 
         Args:
             limit: most tokens of the context.
+            border: other prompts have been the same up to there: a snapshot is taken on the way.
 
         Returns:
             the count of tokens that are reused. All of them where `logits` are known at once.
@@ -175,7 +189,7 @@ class Timeline:
         if position == len(prompt) and logits is None:  # all there, but not what comes next: read the end again
             position = self.caches.reach(self._before_last(prompt))
             self.caches.rewind(position)
-        self._prompt = prompt
+        self._prompt, self._border = prompt, border if border - position >= WORTH_A_SNAPSHOT else 0
         self.tokens, self.logits = prompt.head(position), logits if position == len(prompt) else None
         if 0 < position < len(prompt):
             self.caches.take_snapshot(budget=self.snapshot_bytes)
@@ -189,7 +203,8 @@ class Timeline:
         """
         prompt, begin = self._prompt, self.caches.offset
         usual = usual_chunk(self.runner, self.caches, len(prompt))
-        return begin, chunk_end(begin, len(prompt), prompt.spans, min(most or usual, usual))
+        stop = self._border if begin < self._border < len(prompt) else len(prompt)
+        return begin, chunk_end(begin, stop, prompt.spans, min(most or usual, usual))
 
     def pictures(self, begin: int, end: int) -> list[int]:
         """Which pictures of the prompt lie in a range of its tokens."""
@@ -223,7 +238,7 @@ class Timeline:
             self.runner, ids, self.caches, pictures, spans, last=last, ahead=ahead, score=score, following=following
         )
         self.tokens, self.logits = prompt.head(end), logits
-        if logits is not None:
+        if logits is not None or end == self._border:
             self.caches.take_snapshot(logits, budget=self.snapshot_bytes)
         return end - begin
 

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable
 from functools import cache
+from importlib import metadata
 from importlib.resources import files
 from typing import Any
 
@@ -17,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from ..errors import DeviceLost, Gemma3Error, RequestError, SourceNotFound
+from ..errors import Gemma3Error, RequestError, SourceNotFound
 from . import anthropic, ollama, openai, openai_chat, openai_completions, openai_responses
 from .asking import Service, status_of
 from .http import JSON, TooLarge
@@ -32,12 +33,8 @@ PAGE_POLICY = (
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
-def create_app(service: Service, lost: Callable[[], None] = lambda: None) -> Starlette:
-    """The ASGI application.
-
-    Args:
-        lost: called when the GPU takes no more work, which a new process may mend.
-    """
+def create_app(service: Service) -> Starlette:
+    """The ASGI application."""
     settings = service.settings
 
     def guarded(handler: Handler) -> Handler:
@@ -47,8 +44,6 @@ def create_app(service: Service, lost: Callable[[], None] = lambda: None) -> Sta
             except ClientDisconnect:
                 return Response(status_code=499)
             except Gemma3Error as error:
-                if isinstance(error, DeviceLost):
-                    lost()
                 return _refused(request.url.path, error)
             except Exception as error:
                 sys.stderr.write(traceback.format_exc())
@@ -150,7 +145,7 @@ async def openapi(_: Request) -> Response:
 
 @cache
 def _document() -> bytes:
-    return json.dumps(document()).encode()
+    return json.dumps(document(metadata.version("mlx-gemma3"))).encode()
 
 
 async def page(request: Request) -> Response:

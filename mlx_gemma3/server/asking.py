@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ContextError, Gemma3Error
+from ..errors import ContextError, DeviceLost, Gemma3Error
 from ..prompt import tools
 from ..runtime.events import DoneEvent, Event, PendingEvent, Usage
 from ..runtime.stream import Stream
@@ -40,6 +40,7 @@ class Service:
 
     def __init__(self, settings: Settings, models: Models, metrics: Metrics) -> None:
         self.settings, self.models, self.metrics = settings, models, metrics
+        self.lost: Callable[[], None] = lambda: None  # called when the GPU takes no more work
 
     async def begin(self, *asks: Ask) -> Running:
         """Start the answers. Returns when nothing is wrong with the prompts, or after a few seconds.
@@ -51,7 +52,7 @@ class Service:
             Gemma3Error: what is wrong.
         """
         model = self.models.find(asks[0].model)
-        running = Running(model, self.metrics)
+        running = Running(model, self.metrics, self.lost)
         try:
             with self.models.using(model):
                 engine = await self.models.engine(model)
@@ -60,7 +61,9 @@ class Service:
                     running.streams += await asyncio.to_thread(engine.streams, prompt, n=ask.n, **options)
                 running.enter(self.models)
             await running.settle()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, DeviceLost):
+                self.lost()
             running.close()
             raise
         return running
@@ -70,7 +73,7 @@ class Service:
         model = self.models.find(ask.model)
         with self.models.using(model):
             engine = await self.models.engine(model)
-            prompt, options = await self._prepared(ask, Running(model, self.metrics))
+            prompt, options = await self._prepared(ask, Running(model, self.metrics, self.lost))
             return await asyncio.to_thread(engine.count_tokens, prompt, **options)
 
     async def _prepared(self, ask: Ask, running: Running) -> tuple[Any, dict[str, Any]]:
@@ -96,8 +99,8 @@ class Service:
 class Running:
     """Answers on their way. Close it in the end: what is not finished then is cancelled."""
 
-    def __init__(self, model: Model, metrics: Metrics) -> None:
-        self.model, self.closed = model, False
+    def __init__(self, model: Model, metrics: Metrics, lost: Callable[[], None]) -> None:
+        self.model, self.closed, self._lost = model, False, lost
         self.streams: list[Stream] = []
         self.done: dict[int, DoneEvent] = {}
         self._metrics, self._early = metrics, list[tuple[int, Event]]()
@@ -182,6 +185,8 @@ class Running:
                     continue
                 nothing = False
                 if event["kind"] == "error":
+                    if event["code"] == DeviceLost.code:
+                        self._lost()
                     stream.raise_error()
                 if event["kind"] == "done":
                     self.done[index] = event

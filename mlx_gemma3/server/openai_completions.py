@@ -20,7 +20,7 @@ from ..runtime.events import DoneEvent, TokenLogprob
 from .asking import Ask, Running, Service, reading
 from .http import JSON, Flow, body, comment, sse, until_gone
 from .openai import failure
-from .openai_chat import HARMLESS, Sampled, said, timings, usage_of
+from .openai_chat import HARMLESS, Sampled, timings, usage_of
 
 
 class CompletionRequest(Sampled):
@@ -97,7 +97,9 @@ class _Answer:
     def _choice(self, index: int, done: DoneEvent) -> dict[str, Any]:
         nothing = self._asked.max_tokens == 0
         text = "" if nothing else done["text"]
-        found: list[TokenLogprob | None] = [] if nothing else [*(said(done) or [])]
+        found: list[TokenLogprob | None] = (
+            [] if nothing else [*done.get("logprobs", [])]
+        )  # with the token that ended it, which lm-eval counts on
         if self._asked.echo:
             before = done.get("prompt_logprobs", [])
             text = self._prompt_text(index, before) + text

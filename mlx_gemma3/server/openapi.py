@@ -17,6 +17,14 @@ _BODIES: dict[str, type[Body]] = {
     "/api/generate": ollama.GenerateRequest,
     "/api/show": ollama.Named,
 }
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["system", "user", "assistant"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+    },
+    "required": ["role", "content"],
+}
 _READ = (
     "/v1/models", "/v1/models/{name}", "/v1/responses/{name}", "/api/version", "/api/tags", "/api/ps", "/health",
     "/metrics",
@@ -28,10 +36,12 @@ _STATUSES = {
 }  # fmt: skip
 
 
-def document() -> dict[str, Any]:
-    """OpenAPI 3.1, as plain types."""
-    from .. import __version__
+def document(version: str) -> dict[str, Any]:
+    """OpenAPI 3.1, as plain types.
 
+    Args:
+        version: of the package.
+    """
     schemas: dict[str, Any] = {}
     paths: dict[str, Any] = {}
     responses = {status: {"description": text} for status, text in _STATUSES.items()}
@@ -39,7 +49,10 @@ def document() -> dict[str, Any]:
         name = f"{path.split('/')[1]}_{kind.__name__}"
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         for inner, one in schema.pop("$defs", {}).items():
-            schemas.setdefault(inner, one)
+            schemas.setdefault(inner, {**one, "additionalProperties": False})
+        schema["additionalProperties"] = False  # but for what each dialect passes over
+        if "messages" in schema["properties"]:
+            schema["properties"]["messages"] |= {"items": _MESSAGE}
         schemas[name] = schema
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
         paths[path] = {"post": {"requestBody": {"required": True, "content": content}, "responses": responses}}
@@ -48,7 +61,7 @@ def document() -> dict[str, Any]:
         paths[path] = {"get": {"responses": responses, **({"parameters": named} if "{" in path else {})}}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "mlx-gemma3", "version": __version__},
+        "info": {"title": "mlx-gemma3", "version": version},
         "paths": paths,
         "components": {"schemas": schemas},
     }

@@ -69,7 +69,7 @@ class _Server(uvicorn.Server):
         self._lost = False
         settings = service.settings
         config = uvicorn.Config(
-            create_app(service, self._gpu_lost),
+            create_app(service),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -79,6 +79,7 @@ class _Server(uvicorn.Server):
             ws="none",
         )
         super().__init__(config)
+        service.lost = self._gpu_lost
 
     def serve_all(self, listening: socket.socket) -> int:
         """Run on this socket to the end."""

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import PromptError
+
 _BETWEEN = {"type": "text", "text": "\n\n"}
 
 
 def merged(said: list[Any]) -> list[Any]:
-    """Messages in the template's own form, alternating; what is no message is left for the template to judge."""
+    """Messages in the template's own form, alternating; what is no message is left for the template to judge.
+
+    Raises:
+        PromptError: content that is neither a text nor a list.
+    """
     if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in said):
         return said
+    for number, message in enumerate(said, start=1):
+        content = message.get("content")
+        if content is not None and not isinstance(content, str | list):
+            raise PromptError(f"message {number}: content", got=type(content).__name__, want="a text or items")
     turns: list[dict[str, Any]] = []
     system: list[dict[str, Any]] = []
     for message in said:

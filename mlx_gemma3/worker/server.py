@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import BusyError, ClosedError, DeviceLost, Gemma3Error, OptionError, RequestError
@@ -66,13 +67,16 @@ class Server:
         limits: Limits,
         version: str,
         leave: Callable[[], object] = lambda: None,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """
         Args:
             write: takes a whole line; an OSError of it means that nobody reads any more.
             version: of the package.
             leave: ends the process at once, when the GPU takes no more work and every request was told.
+            settings: of every engine, beside what its `load` says.
         """
+        self._settings = settings
         self._leave = leave
         self._worker = threading.Thread(target=self._work, name="mlx-gemma3 worker", daemon=True)
         self._source, self._write, self._limits, self._version = source, write, limits, version
@@ -195,7 +199,7 @@ class Server:
         with self._state:
             return {
                 **self._identity(),
-                "model": self._about,
+                "model": self._about if self._engine is None else self._engine.about,  # its notes may have grown
                 "running": next((job.id for job in self._jobs() if job not in self._waiting), None),
                 "answering": [job.id for job in self._answering],
                 "waiting": [job.id for job in self._waiting],
@@ -269,7 +273,7 @@ class Server:
 
         self._unload()
         options = dict(job.values)
-        engine = Engine(options.pop("model"), **options, quiet=True, wait=False)
+        engine = Engine(options.pop("model"), **self._settings, **options, quiet=True, wait=False)
         try:
             while not engine.wait_until_loaded(_LOAD_POLL):
                 if job.cancelled:

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import tiny_gguf
 import tiny_tokenizer
-from conftest import TEMPLATE
+from places import TEMPLATE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TEMPLATE
+from places import TEMPLATE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness

@@ -5,7 +5,6 @@ The demo was trained to answer in a few words: what it writes in a form has sens
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -158,21 +157,3 @@ def test_langchain(server: Server) -> None:
         reply = bound.invoke("Look")
         assert isinstance(reply, AIMessage) and reply.tool_calls[0]["args"]["thing"] in ("sky", "sea")
         assert isinstance(model.with_structured_output(Look, method="function_calling").invoke("Look"), Look)
-
-
-def test_pydantic_ai(server: Server) -> None:
-    import httpx2
-    from pydantic_ai import Agent, NativeOutput
-    from pydantic_ai.models.openai import OpenAIChatModel
-    from pydantic_ai.providers.openai import OpenAIProvider
-
-    async def ask() -> list[Any]:
-        async with httpx2.AsyncClient() as connections:
-            provider = OpenAIProvider(base_url=f"{server.address}/v1", api_key="none", http_client=connections)
-            model = OpenAIChatModel("demo", provider=provider)
-            settings: Any = {"temperature": 0, "parallel_tool_calls": False}
-            kinds: list[Any] = [NativeOutput(Shape), Shape]
-            agents: list[Any] = [Agent(model, output_type=kind, model_settings=settings) for kind in kinds]
-            return [(await agent.run("Which?")).output for agent in agents]
-
-    assert all(isinstance(output, Shape) for output in asyncio.run(ask()))

@@ -85,7 +85,7 @@ def test_who_goes_away_is_not_answered_any_more(slow: Server, stream: bool) -> N
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/responses", "/v1/messages", "/api/chat"])
 def test_a_next_turn_reads_only_what_is_new(server: Server, path: str) -> None:
-    topic = f"Tell me of {path} and more of it. " * 40
+    topic = f"Tell me of {path} and more of it. " * 270  # of 8,192 tokens that fit
     said = [{"role": "user", "content": topic}]
     key = "input" if path == "/v1/responses" else "messages"
 
@@ -170,6 +170,27 @@ def test_what_cannot_be_served(tmp_path: Path, server: Server) -> None:
         assert why in done.stderr and done.stdout == ""
 
 
+BROKEN = """
+from mlx_gemma3.model.runner import Runner
+def fails(*given, **options): raise RuntimeError("[METAL] Command buffer execution failed")
+Runner.step = Runner.read = fails
+from mlx_gemma3.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_server_ends_with_the_gpu(stream: bool) -> None:
+    """For a new process may do better."""
+    with serving("-m", "demo", code=BROKEN) as running:
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream}
+        for _ in range(2):
+            assert "Command buffer" in str(running.ask(CHAT, body)[1])
+        status, told = running.ask(CHAT, body)
+        assert (status, told["error"]["code"]) == (503, "device_lost") and running.headers["retry-after"]
+        assert running.wait() == 1
+
+
 def test_several_models(text_folder: Path, chat_folder: Path) -> None:
     with serving("-m", str(text_folder), "-m", str(chat_folder), "--alias", f"second={chat_folder}") as running:
         listed = running.ask("/v1/models")[1]["data"]
@@ -250,3 +271,13 @@ def storm(server: Server, count: int) -> None:
     assert statuses.count(400) == count // 10 and statuses.count(200) == count * 8 // 10
     idle(server)
     assert server.metric("mlx_gemma3_queue") == 0
+
+
+def test_the_document_of_requests(server: Server) -> None:
+    status, told = server.ask("/openapi.json")
+    assert status == 200 and told["info"]["title"] == "mlx-gemma3"
+    for path, methods in told["paths"].items():
+        schema = methods.get("post", {}).get("requestBody", {}).get("content", {}).get("application/json", {})
+        if schema:
+            assert schema["schema"]["$ref"].rpartition("/")[2] in told["components"]["schemas"]
+            assert server.ask(path, {"nothing": 1})[0] == 400

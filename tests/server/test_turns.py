@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mlx_gemma3.errors import PromptError
 from mlx_gemma3.prompt.template import render_chat
 from mlx_gemma3.server.turns import goes_on, merged
 
@@ -46,6 +47,12 @@ def test_turns_alternate(said: list[Any], turns: list[Any]) -> None:
     assert merged(said) == turns
     if all(isinstance(turn, dict) for turn in turns) and turns[0]["role"] != "assistant":
         render_chat(turns)
+
+
+@pytest.mark.parametrize("content", [False, 3, {"a": 1}])
+def test_content_that_is_none(content: Any) -> None:
+    with pytest.raises(PromptError, match="message 2: content"):
+        merged([say("user", "a"), say("system", content)])
 
 
 def test_what_goes_on() -> None:
