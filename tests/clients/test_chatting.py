@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from serving import PICTURE, QUESTION, Server
@@ -61,7 +62,7 @@ def test_pydantic_ai_in_a_form(server: Server) -> None:
     from pydantic_ai.providers.openai import OpenAIProvider
 
     class Shape(BaseModel):
-        shape: Literal[circle, square]
+        shape: Literal["circle", "square"]
         count: Literal[1, 2, 3]
 
     provider = OpenAIProvider(base_url=f"{server.address}/v1", api_key="none")
