@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from ..errors import PromptError
 from ..prompt import tools
 from ..prompt.messages import items
-from .forms import Form
 from .timeline import Timeline, Tokens
 
 
@@ -48,7 +47,7 @@ class Conversation:
     places: set[Path] = field(default_factory=set)  # where these were
     declared: list[dict[str, Any]] = field(default_factory=list)  # the tools that the model was told of
 
-    def question(self, said: Any, images: int, form: Form | None = None) -> list[dict[str, Any]]:
+    def question(self, said: Any, images: int, declarations: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
         """The messages of the user's next turn: words, or content items with the places of its pictures; or what tools
         found. Tools that the model was not told of stand before it.
 
@@ -68,9 +67,9 @@ class Conversation:
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if self.system is not None and not self.exchanges:
             messages.insert(0, {"role": "system", "content": self.system})
-        if form is not None and form.declarations and form.declarations != self.declared:
-            self.declared = form.declarations
-            return tools.with_tools(messages, form.declarations)
+        if declarations and list(declarations) != self.declared:
+            self.declared = list(declarations)
+            return tools.with_tools(messages, declarations)
         return messages
 
     def ask(self, said: Any, asked: Tokens, images: int, pixels: Mapping[str, NDArray[np.float32]]) -> None:

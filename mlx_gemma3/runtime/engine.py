@@ -261,7 +261,7 @@ class Engine:
             OptionError: a tool that is no function, or has an argument that JSON has nothing for.
             Gemma3Error: whatever went wrong.
         """
-        return run(self, prompt, limit=limit, asks=asks, options={**options, "images": images})
+        return run(self.generate, prompt, limit=limit, asks=asks, options={**options, "images": images})
 
     @takes(system="text", resume="path")
     def session(self, *, system: str | None = None, resume: str | Path | None = None) -> Session:

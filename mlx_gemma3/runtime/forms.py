@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import OptionError
 from ..grammar import hints, schema, tools
 from ..grammar.matcher import Grammar, Matcher
-
-if TYPE_CHECKING:
-    from .loaded import Loaded
-    from .options import Options
+from .loaded import Loaded
+from .options import Options
 
 _FORMS = ("schema", "regex", "grammar", "choices")
 
@@ -38,11 +36,6 @@ class Form:
             raise OptionError("free_first", got=options.free_first, want="a form that follows: " + ", ".join(_FORMS))
         self._options = options
         self.text = self._text()
-
-    @property
-    def declarations(self) -> list[dict[str, Any]]:
-        """The tools, as the prompt says them."""
-        return [tool.declaration for tool in self.tools]
 
     def compile(self, loaded: Loaded) -> None:
         """Make the grammar; takes a second or two for the first of a model. For any thread but the engine's.
@@ -84,6 +77,17 @@ class Form:
         if self.name == "choices":
             return "start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in options.choices) + "\n"
         return options.grammar
+
+
+def held(options: Options) -> Form | None:
+    """What the options hold an answer to; None where it is free. Raises OptionError: see Form."""
+    free = options.schema is options.regex is options.grammar is None
+    return None if free and not (options.choices or options.tools or options.free_first) else Form(options)
+
+
+def declarations(options: Options) -> list[dict[str, Any]]:
+    """The tools that may be called, as the prompt says them."""
+    return [] if options.tool_choice == "none" else [tool.declaration for tool in tools.read(options.tools)]
 
 
 def _regex(pattern: str) -> str:

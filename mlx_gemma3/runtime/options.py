@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..boundary.arguments import argument, described
@@ -16,7 +15,6 @@ from ..errors import OptionError
 
 if TYPE_CHECKING:
     from ..generation.sampling import Sampling
-    from .forms import Form
 
 
 class OptionValues(TypedDict, total=False):
@@ -146,24 +144,6 @@ class Options:
             name = "choices" if self.free_first >= 0 else "free_first"
             raise OptionError(name, got=described(getattr(self, name)), want="texts that are not empty; 0 or more")
         self.sampling({})
-        self.form  # noqa: B018 (what is wrong with it is said at once)
-
-    @cached_property
-    def form(self) -> Form | None:
-        """What the answer is held to; None where it is free. Raises OptionError: see Form."""
-        asked = (
-            self.schema,
-            self.regex,
-            self.grammar,
-            self.choices or None,
-            self.tools or None,
-            self.free_first or None,
-        )
-        if all(one is None for one in asked):
-            return None
-        from .forms import Form
-
-        return Form(self)
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Options:

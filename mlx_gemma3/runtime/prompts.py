@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import OptionError, PromptError
 from ..prompt import messages as written
 from ..prompt import tools
+from .forms import declarations
 from .loaded import Loaded
 from .options import Options
 from .request import Prepared, Request
@@ -37,7 +38,9 @@ def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared | 
         check_turn(options)
         if request.prompt is None:
             return None
-        prompt: str | Messages = request.conversation.question(request.prompt, len(request.images), options.form)
+        prompt: str | Messages = request.conversation.question(
+            request.prompt, len(request.images), declarations(options)
+        )
     else:
         assert request.prompt is not None, "only a conversation answers its last turn again"
         prompt = said(loaded, request.prompt, request.images, options)
@@ -50,7 +53,7 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
     Raises:
         OptionError, PromptError: options that do not belong to such a prompt.
     """
-    declarations = options.form.declarations if options.form is not None else []
+    declared = declarations(options)
     if is_tokens(prompt):
         if options.system is not None or options.continue_final_message or images:
             raise PromptError(
@@ -63,7 +66,7 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
         if completes(loaded, options):
             if options.system is not None:
                 raise OptionError("system", got="a text", want="none", do="completion has no turns")
-            if declarations:
+            if declared:
                 raise OptionError("tools", got="a text to complete", want="messages", do="completion has no turns")
             return prompt
         pictures = [{"type": "image"} for _ in images]
@@ -77,7 +80,7 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
         if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
             raise OptionError("system", got="a text beside a system message", want="one of them")
         messages = [{"role": "system", "content": options.system}, *messages]
-    return tools.with_tools(messages, declarations) if declarations else messages
+    return tools.with_tools(messages, declared) if declared else messages
 
 
 def processed(

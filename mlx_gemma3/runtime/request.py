@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..generation.constraint import Constraint
-from .forms import Form
+from .forms import Form, held
 from .options import Options
 from .stream import Channel, Messages, Picture
 from .timeline import Tokens
@@ -51,5 +51,5 @@ class Request(Channel):
         super().__init__(options.schema)
         self.prompt, self.images, self.options, self.conversation = prompt, list(images), options, conversation
         self.like, self.constraint = like, constraint
-        self.form: Form | None = options.form if like is None else like.form
+        self.form: Form | None = held(options) if like is None else like.form
         self.prepared: Prepared | None = None  # set once, by the engine's thread

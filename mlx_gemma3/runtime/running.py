@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import OptionError
 from ..grammar import tools as reading
 from ..grammar.hints import instance, typed_arguments
 from .events import ToolCall
 from .stream import Messages, Reply
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 Asks = Callable[[str, Mapping[str, Any]], bool]  # a tool's name and arguments: whether it may run
 Told = Callable[[str, str], None]  # a tool's name and what it found
@@ -64,7 +61,7 @@ class Functions:
 
 
 def run(
-    engine: Engine,
+    generate: Callable[..., Reply],
     prompt: str | Messages,
     *,
     limit: int,
@@ -80,7 +77,7 @@ def run(
     functions = Functions(options["tools"], asks)
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     for number in range(1, limit + 1):
-        reply: Reply = engine.generate(messages, **options)
+        reply = generate(messages, **options)
         if not reply.tool_calls or number == limit:
             break
         if options.get("tool_choice") not in (None, "auto"):
