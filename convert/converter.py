@@ -28,6 +28,7 @@ from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.checkpoint.weights import open_store
 from mlx_gemma3.errors import OptionError
 from mlx_gemma3.measure.evaluate import evaluate, text_ids
+from mlx_gemma3.measure.vectors import passages
 from mlx_gemma3.visible import visible
 
 from .card import write_card
@@ -37,6 +38,7 @@ from .packing import pack
 from .plan import EMBEDDING, FLOATS, Job, check_overrides, head_scales, packable, plan
 from .recipe import make_recipe
 from .report import KINDS, Loss, Report, Row, kind_of
+from .sentence_files import write_sentence_files
 from .tokenizer_files import write_side_files
 from .writer import MAX_SHARD_BYTES, Planned, Shard, split, write_index
 
@@ -111,7 +113,9 @@ def convert(
     found = resolve(source, text_only=text_only, quiet=quiet)
     check_apart(out, [found.path])
     checkpoint = open_checkpoint(found, text_only=text_only)
-    if compare is not None:
+    if compare is not None and checkpoint.config.embedder is not None:
+        passages(compare)
+    elif compare is not None:
         text_ids(checkpoint.tokenizer(), compare)  # what cannot be compared is refused now, not at the end
     store = open_store(checkpoint, exact=dequantize)
     if any(entry.packing for entry in store.entries) and not dequantize and (said or checkpoint.gguf is None):
@@ -152,6 +156,8 @@ def convert(
         write_side_files(checkpoint, folder)
         _write_weights(folder, store, jobs, shards, targets, report, progress, kind="pt" if dequantize else "mlx")
         write_index(folder, shards)
+        if checkpoint.config.embedder is not None:
+            write_sentence_files(checkpoint, folder)
         report.parameters = sum(math.prod(job.entry.shape) for job in jobs)
         report.nbytes = nbytes
         report.head_copy_bytes = sum(tensor.nbytes for tensor in shards.get(HEAD_FILE, []))

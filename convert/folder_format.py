@@ -55,7 +55,8 @@ def config_json(config: Config, *, dtype: str, packings: Mapping[str, Packing]) 
         "rope_local_base_freq": _whole(text.rope_local_theta),
         "rope_scaling": None if text.rope_scale == 1 else {"factor": text.rope_scale, "rope_type": "linear"},
         "rope_theta": _whole(text.rope_theta),
-        "sliding_window": text.sliding_window,
+        "sliding_window": (text.sliding_window - 1) * 2 if text.bidirectional else text.sliding_window,
+        **({"use_bidirectional_attention": True} if text.bidirectional else {}),
         "vocab_size": text.vocab_size,
         **_layer_pattern(config),
     }
@@ -67,7 +68,8 @@ def config_json(config: Config, *, dtype: str, packings: Mapping[str, Packing]) 
         "torch_dtype": dtype,
     }
     if config.vision is None:
-        out = {"architectures": ["Gemma3ForCausalLM"], **settings, **top}
+        model = "Gemma3TextModel" if text.bidirectional else "Gemma3ForCausalLM"
+        out = {"architectures": [model], **settings, **top}
     else:
         vision = config.vision
         out = {

@@ -66,7 +66,10 @@ def wired_bytes(loaded: Loaded, runner: Runner) -> int:
 
 def warm_up(loaded: Loaded, runner: Runner) -> None:
     """Let a GPU build the kernels of a prompt, of a picture and of an answer now, while nobody waits for one."""
-    if runner.ahead:
+    if runner.ahead and loaded.config.embedder is not None:
+        mx.eval(runner.vectors([[0] * WARM_TOKENS]))
+        release()
+    elif runner.ahead:
         if (vision := loaded.config.vision) is not None:
             mx.eval(runner.encode_images(mx.zeros((1, vision.image_size, vision.image_size, 3))))
         caches = runner.make_caches(kv_bits=loaded.options.kv_bits, local_kv_bits=loaded.options.local_kv_bits)

@@ -219,6 +219,8 @@ def said(done: DoneEvent) -> Sequence[TokenLogprob] | None:
     """The likelihoods of an answer's tokens, but of the one that ended it, which no text shows."""
     found = done.get("logprobs")
     ended = done["finish_reason"] == "stop" and "stop" not in done
+    if found and "parsed" in done and done["text"].endswith(found[-1]["text"]):
+        ended = False  # a form was complete without such a token
     return found[:-1] if found and ended else found
 
 
