@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import os
 import re
@@ -136,6 +137,20 @@ def _paths(value: Any) -> dict[str, Any]:
     return {name: _path(path) for name, path in found.items()}
 
 
+def _schema(value: Any) -> Any:
+    """A JSON schema: an object, which is copied, its text, or a class that has one."""
+    if isinstance(value, str | type):
+        return value
+    return json.loads(json.dumps(_mapping(value)))
+
+
+def _tools(value: Any) -> tuple[Any, ...]:
+    """Functions, or objects, which are copied."""
+    if isinstance(value, str | Mapping) or (given := elements(value)) is None:
+        raise TypeError
+    return tuple(one if callable(one) else json.loads(json.dumps(_mapping(one))) for one in given)
+
+
 def _mapping(value: Any) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
@@ -151,4 +166,6 @@ KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "number": (_number, "a number"),
     "paths": (_paths, "a path for each name, names of letters, digits, -, _ and ."),
     "biases": (_biases, "a number for each token id"),
+    "schema": (_schema, "a JSON schema: an object, its text, a pydantic model or a dataclass"),
+    "tools": (_tools, "a list of functions, or of objects that describe them"),
 }

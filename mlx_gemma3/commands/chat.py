@@ -49,6 +49,10 @@ def chat(
         Path | None,
         typer.Option(help="Go on with the conversation in this file, and keep it there.", show_default=False),
     ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(help="A Python file: the model may ask for its functions, and you are asked.", show_default=False),
+    ] = None,
     *,
     options: dict[str, Any],
     adapter: Annotated[
@@ -70,6 +74,7 @@ def chat(
     from .talk.screen import Leave, Plain, Screen, Terminal
     from .talk.settings import Settings
     from .talk.talk import ChatState
+    from .talk.tools import Tools
 
     settings, adapters = Settings(options), only(adapter)
     if was_closed(0):
@@ -104,6 +109,8 @@ def chat(
     hidden = not (terminal and must_be_fetched(model))
     loading = Loading(model, make_engine, make_session)
     talk = ChatState(loading, screen, settings, system, session, next(iter(adapters), None))
+    if tools is not None:
+        talk.tools = Tools(tools, screen)
     for source in image or []:
         if source == "-":
             raise PromptError(

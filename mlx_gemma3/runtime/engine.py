@@ -24,6 +24,7 @@ from .loaded import About, EngineOptions
 from .options import Options, OptionValues
 from .prompts import processed, said
 from .request import Request
+from .running import Asks, run
 from .scheduler import Scheduler
 from .stream import AsyncStream, Messages, Picture, Piece, Reply, Stream
 from .thread import EngineThread
@@ -241,6 +242,31 @@ class Engine:
         finally:
             for stream in streams:
                 stream.close()
+
+    @takes(limit="whole")
+    def run(
+        self,
+        prompt: str | Messages,
+        *,
+        images: Pictures = (),
+        limit: int = 8,
+        asks: Asks | None = None,
+        **options: Unpack[OptionValues],
+    ) -> Reply:
+        """As `generate`, and run the functions that the model asks for, until it answers in words.
+
+        `tools` are functions with types for their arguments; a docstring says what one does. What one raises is told
+        to the model.
+
+        Args:
+            limit: most answers; the last one's calls are not run any more, and stand in the reply.
+            asks: called with a function's name and arguments before it runs; False forbids it.
+
+        Raises:
+            OptionError: a tool that is no function, or has an argument that JSON has nothing for.
+            Gemma3Error: whatever went wrong.
+        """
+        return run(self.generate, prompt, limit=limit, asks=asks, options={**options, "images": images})
 
     @takes(kind="text", dimensions="whole", normalize="switch", truncate="switch")
     def embed(

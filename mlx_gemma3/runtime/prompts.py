@@ -11,6 +11,8 @@ from typing import Any
 from ..errors import OptionError, PromptError
 from ..model.gemma3 import check_writes
 from ..prompt import messages as written
+from ..prompt import tools
+from .forms import declarations
 from .loaded import Loaded
 from .options import Options
 from .request import Prepared, Request
@@ -20,8 +22,10 @@ from .timeline import Tokens, digest
 Progress = Callable[[Any, int, int], None]  # events.Stage, done, in all
 
 
-def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared:
-    """The prompt of a request; of one in a conversation, its new turn alone.
+def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared | None:
+    """The prompt of a request; of one in a conversation, its new turn alone, None where it is answered again.
+
+    What its answer is held to is compiled.
 
     Raises:
         Gemma3Error: what is wrong with it.
@@ -30,10 +34,15 @@ def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared:
     options = request.options
     check_writes(loaded.config)
     check_tokens(options, loaded.config.text.vocab_size)
+    if request.form is not None:
+        request.form.compile(loaded)
     if request.conversation is not None:
         check_turn(options)
-        assert request.prompt is not None, "the turns before are prepared"
-        prompt: str | Messages = request.conversation.question(request.prompt, len(request.images))
+        if request.prompt is None:
+            return None
+        prompt: str | Messages = request.conversation.question(
+            request.prompt, len(request.images), declarations(options)
+        )
     else:
         assert request.prompt is not None, "only a conversation answers its last turn again"
         prompt = said(loaded, request.prompt, request.images, options)
@@ -46,6 +55,7 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
     Raises:
         OptionError, PromptError: options that do not belong to such a prompt.
     """
+    declared = declarations(options)
     if is_tokens(prompt):
         if options.system is not None or options.continue_final_message or images:
             raise PromptError(
@@ -58,19 +68,21 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
         if completes(loaded, options):
             if options.system is not None:
                 raise OptionError("system", got="a text", want="none", do="completion has no turns")
+            if declared:
+                raise OptionError("tools", got="a text to complete", want="messages", do="completion has no turns")
             return prompt
         pictures = [{"type": "image"} for _ in images]
         messages: list[dict[str, Any]] = [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
     else:
         if options.raw:
             raise PromptError("prompt", got="messages", want="a string", do="completion has no turns")
-        messages = written.read(prompt)
+        messages = written.read(tools.plain(prompt))
         written.check_roles(messages)
     if options.system is not None:
         if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
             raise OptionError("system", got="a text beside a system message", want="one of them")
         messages = [{"role": "system", "content": options.system}, *messages]
-    return messages
+    return tools.with_tools(messages, declared) if declared else messages
 
 
 def processed(

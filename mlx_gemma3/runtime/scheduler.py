@@ -210,8 +210,9 @@ class Scheduler:
         try:
             if request.prompt is None:
                 check_turn(request.options)
-                job.prepared(None)
-                return
+                if request.form is None:
+                    job.prepared(None)
+                    return
             if like is not None and like.prepared is not None:
                 job.prepared(like.prepared)
                 return
@@ -250,7 +251,7 @@ class Scheduler:
     def _prepared(self, job: Job, found: Prepared | None, error: BaseException | None) -> None:
         if job not in self._line:  # cancelled meanwhile
             return
-        if error is None and found is not None:
+        if error is None:
             try:
                 job.request.prepared = found
                 job.prepared(found)
@@ -429,9 +430,12 @@ class Scheduler:
         check_finite(timeline.logits, self.loaded.checkpoint)
         eos_ids = end_ids(self.loaded, request)
         answer = Answer(self.loaded.tokenizer, eos_ids=eos_ids, stop=request.options.stop)
+        held = request.constraint
+        if request.form is not None:
+            held = request.form.start(self.loaded, eos_ids)
         sampling = request.options.sampling(self.loaded.checkpoint.generation)
         left = min(request.options.max_tokens, self.loaded.max_context - len(tokens))
-        row = Row(timeline.caches, Chooser(sampling, tokens.ids, request.constraint), left)
+        row = Row(timeline.caches, Chooser(sampling, tokens.ids, held), left)
         job.writes(row, answer)
         if left < 1:
             self._end(job, "length")
@@ -452,18 +456,23 @@ class Scheduler:
         self.device_errors = 0
         self._step_seconds = _smoothed(self._step_seconds, perf_counter() - began)
         for one in written:
+            if one.row not in self._writers:
+                continue  # it ended at a token before
             job = self._writers[one.row]
             try:
                 job.take(one)
                 assert job.answer is not None
                 if job.answer.ended:
                     self._end(job, "stop")
-                elif job.request.cancelled:
-                    self._end(job, "cancelled")
-                elif not one.row.left:
-                    self._end(job, "length")
             except Exception as error:
                 self._fail(job, error)
+        for row, job in list(self._writers.items()):
+            if row.chooser.complete:
+                self._end(job, "stop")
+            elif job.request.cancelled:
+                self._end(job, "cancelled")
+            elif not row.left:
+                self._end(job, "length")
 
     def _embed(self) -> None:
         """One batch of texts."""

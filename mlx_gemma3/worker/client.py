@@ -20,6 +20,8 @@ from typing import Any, cast
 
 from ..boundary.arguments import takes
 from ..errors import ClosedError, Gemma3Error, ImageError, OptionError, PromptError, RequestError, WorkerError
+from ..grammar.hints import is_model, schema_of
+from ..grammar.tools import read
 from ..prompt import snapshot
 from ..runtime.stream import Channel, Messages, Picture, Reply, Stream, check_process
 from .pictures import absolute, spoken, told
@@ -408,4 +410,11 @@ def _asked(
         failed = Channel()
         failed.fail(error)
         return failed
-    return process.ask(op, **turn)
+    kind, tools = options.get("schema"), options.get("tools")
+    if is_model(kind):  # a class stays here: the worker gets its schema
+        turn["options"] = turn["options"] | {"schema": schema_of(kind)}
+    if tools and any(map(callable, tools)):
+        turn["options"] = turn["options"] | {"tools": [tool.declaration for tool in read(tools)]}
+    channel = process.ask(op, **turn)
+    channel.schema = kind
+    return channel
