@@ -11,11 +11,14 @@ import inspect
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import OptionError
+
+_NAME = re.compile(r"[\w.-]+")  # of an adapter: the server has it behind a colon
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -141,6 +144,13 @@ def _tools(value: Any) -> tuple[Any, ...]:
     return tuple(one if callable(one) else json.loads(json.dumps(_mapping(one))) for one in given)
 
 
+def _paths(value: Any) -> dict[str, Any]:
+    found = _mapping(value)
+    if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in found):
+        raise TypeError
+    return {name: _path(path) for name, path in found.items()}
+
+
 def _mapping(value: Any) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
@@ -154,6 +164,7 @@ KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "switch": (_switch, "true or false"),
     "whole": (_whole, "a whole number"),
     "number": (_number, "a number"),
+    "paths": (_paths, "a path for each name, names of letters, digits, -, _ and ."),
     "biases": (_biases, "a number for each token id"),
     "schema": (_schema, "a JSON schema: an object, its text, a pydantic model or a dataclass"),
     "tools": (_tools, "a list of functions, or of objects that describe them"),

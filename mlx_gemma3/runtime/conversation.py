@@ -87,7 +87,8 @@ class Conversation:
 
     def prompt(self) -> Tokens:
         """Everything up to the model's turn that comes next."""
-        tokens = Tokens(())
+        identity = self.timeline.identity
+        tokens = Tokens((), adapter=None if identity is None else identity.adapter)
         for exchange in self.exchanges:
             tokens += exchange.asked
             if exchange.said is not None:

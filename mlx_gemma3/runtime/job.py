@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -111,12 +111,19 @@ class Job:
             self._features[name] = encode(name, self._pixels.get(name))
         return self._features[name]
 
-    def has_features(self, number: int, known: Container[str]) -> bool:
+    def has_features(self, number: int, known: Callable[[str], bool]) -> bool:
         """Whether the tower is not needed for the n-th picture."""
         assert self.tokens is not None
         name = self.tokens.digests[number]
         own = self._features if self.conversation is None else self.conversation.features
-        return name in own or name in known
+        return name in own or known(name)
+
+    @property
+    def adapter(self) -> str | None:
+        """What it is computed with: a conversation's own, or what was asked for."""
+        if self.conversation is not None:
+            return self.conversation.timeline.caches.adapter
+        return self.request.options.adapter
 
     def encoded(self) -> None:
         """A picture went through the tower."""

@@ -45,6 +45,7 @@ class OptionValues(TypedDict, total=False):
     tools: Sequence[Any] | None
     tool_choice: str | None
     parallel_tool_calls: bool | None
+    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Options:
     prompt_logprobs: int | None = _set(
         None, "whole", "Log-probabilities of the prompt's tokens too.", low=0, high=20, **_REQUEST
     )
+    adapter: str | None = _set(None, "text", "One of the adapters that were loaded, by its name.", **_REQUEST)
 
     # The form of the answer (runtime/forms.py): at most one of these four.
     schema: Any = _set(  # noqa: RUF009

@@ -89,12 +89,13 @@ def processed(
     loaded: Loaded, prompt: str | Messages, images: list[Picture], options: Options, progress: Progress
 ) -> Prepared:
     """Tokens and pixels of a text or token ids to complete, or of messages."""
+    adapter = loaded.files_of(options.adapter)
     if is_tokens(prompt):
         ids: list[Any] = list(prompt)
         vocabulary = loaded.config.text.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise PromptError("prompt", got="token ids beyond the vocabulary", want=f"0 to {vocabulary - 1}")
-        return Prepared(Tokens(tuple(ids)), {}, 0)
+        return Prepared(Tokens(tuple(ids), adapter=adapter), {}, 0)
     # What users type must not act as control tokens: `<end_of_turn>` in a message does not end the turn.
     found = loaded.processor.prepare(
         prompt,
@@ -106,7 +107,7 @@ def processed(
     )
     pixels = found.pixels if found.pixels is not None else ()
     digests = tuple(map(digest, pixels))
-    tokens = Tokens(tuple(found.tokens), tuple(found.spans), digests)
+    tokens = Tokens(tuple(found.tokens), tuple(found.spans), digests, adapter)
     return Prepared(tokens, dict(zip(digests, pixels, strict=True)), found.image_count)
 
 
@@ -132,6 +133,8 @@ def check_turn(options: Options) -> None:
     """Refuse what cannot be set for one turn of a conversation. Raises OptionError."""
     if options.system is not None or options.raw:
         raise OptionError("system or raw", got="set for one turn", want="none: they belong to the session")
+    if options.adapter is not None:
+        raise OptionError("adapter", got="one for a turn", want="none: it belongs to the session")
     if options.continue_final_message:
         raise OptionError(
             "continue_final_message", got="true for a turn", want="false", do="hand the messages to generate"

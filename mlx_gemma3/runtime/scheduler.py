@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -152,18 +153,19 @@ class Scheduler:
             job.request.cancel()
         self._embeddings.cancel_all()
 
-    def new_timeline(self) -> Timeline:
+    def new_timeline(self, adapter: str | None = None) -> Timeline:
         options = self.loaded.options
-        caches = self.runner.make_caches(kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits)
-        return Timeline(self.runner, caches, identity=self.loaded.identity, snapshot_bytes=self.budget // 16)
+        caches = self.runner.make_caches(kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits, adapter=adapter)
+        identity = self.loaded.identity_with(adapter)
+        return Timeline(self.runner, caches, identity=identity, snapshot_bytes=self.budget // 16)
 
-    def new_conversation(self, system: str | None) -> Conversation:
+    def new_conversation(self, system: str | None, adapter: str | None = None) -> Conversation:
         newline = tuple(self.loaded.tokenizer.encode("\n"))
-        return Conversation(self.new_timeline(), self.loaded.end_of_turn, newline, system)
+        return Conversation(self.new_timeline(adapter), self.loaded.end_of_turn, newline, system)
 
-    def encode(self, name: str, view: NDArray[np.float32] | None) -> mx.array:
-        """(T, D) features of a picture."""
-        return self.features.get(self.runner, name, view)
+    def encode(self, name: str, view: NDArray[np.float32] | None, adapter: str | None = None) -> mx.array:
+        """(T, D) features of a picture, as this adapter sees it."""
+        return self.features.get(self.runner, name, view, adapter)
 
     # --- the line
 
@@ -290,11 +292,14 @@ class Scheduler:
         if job.conversation is not None:
             timeline = job.conversation.timeline
         elif job.score is not None:
-            timeline = self.new_timeline()  # what was read already has no likelihoods
+            timeline = self.new_timeline(job.adapter)  # what was read already has no likelihoods
         else:
-            timeline, reused = self.pool.best(tokens)
+            identity = self.loaded.identity_with(job.adapter)
+            timeline, reused = self.pool.best(tokens, identity)
             for other in self.running:
                 assert other.timeline is not None and other.tokens is not None
+                if other.timeline.identity != identity:
+                    continue
                 shared = other.tokens.shared(tokens)
                 if other in self._readers and shared > max(other.timeline.caches.offset, reused + WORTH_A_FORK):
                     return False
@@ -306,7 +311,7 @@ class Scheduler:
             if recalled is not None and recalled.reusable(tokens) > reused:
                 timeline = recalled
             elif timeline is None:
-                timeline = self.new_timeline()
+                timeline = self.new_timeline(job.adapter)
             elif timeline in self.pool.timelines:
                 self.pool.take(timeline)
             else:
@@ -389,17 +394,17 @@ class Scheduler:
         try:
             most = self._chunk()
             pictures = timeline.pictures(*timeline.next_chunk(most))
-            missing = next((number for number in pictures if not job.has_features(number, self.features)), None)
+            encode = partial(self.encode, adapter=job.adapter)
+            known = partial(self.features.holds, self.runner, adapter=job.adapter)
+            missing = next((number for number in pictures if not job.has_features(number, known)), None)
             if missing is not None:  # the others get a token before the next
                 self._readers.appendleft(job)
-                job.features(missing, self.encode)
+                job.features(missing, encode)
                 job.encoded()
                 return
             began, settled = perf_counter(), timeline.settled
             alone = not self._readers and not self._writers
-            count = timeline.read_chunk(
-                lambda number: job.features(number, self.encode), most, ahead=alone, score=job.score
-            )
+            count = timeline.read_chunk(lambda number: job.features(number, encode), most, ahead=alone, score=job.score)
             self.device_errors = 0
             if timeline.settled is settled:  # else it took the time of no chunk, or of two
                 self._read_rate = _smoothed(self._read_rate, count / max(perf_counter() - began, 1e-9))
@@ -496,7 +501,7 @@ class Scheduler:
             if job.conversation is None and job.timeline is not None and job.row is None:
                 self.pool.put(job.timeline)
         elif job.conversation is not None and job.timeline is not None:
-            job.conversation.timeline = self.new_timeline()
+            job.conversation.timeline = self.new_timeline(job.adapter)
         job.request.fail(known(_of_device(error)))
 
     def _count(self, error: BaseException) -> None:

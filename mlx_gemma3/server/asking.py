@@ -79,6 +79,8 @@ class Service:
     async def _prepared(self, ask: Ask, running: Running) -> tuple[Any, dict[str, Any]]:
         options = {name: value for name, value in ask.options.items() if value is not None}
         options.setdefault("max_tokens", self.settings.max_tokens)
+        if running.model.adapter is not None:
+            options["adapter"] = running.model.adapter
         if not ask.chat:
             self._log(ask.prompt)
             return ask.prompt, {"raw": True, **options} if isinstance(ask.prompt, str) else options

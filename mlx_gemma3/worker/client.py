@@ -58,6 +58,8 @@ class WorkerEngine:
         **options: Any,
     ) -> None:
         self._start_timeout = start_timeout
+        if options.get("adapters"):
+            options["adapters"] = {name: str(absolute(path)) for name, path in options["adapters"].items()}
         self._load = {"model": str(source), **{name: value for name, value in options.items() if value is not None}}
         self._command, self._names = tuple(command), itertools.count(1)
         self._process: _Process | None = None
@@ -86,9 +88,11 @@ class WorkerEngine:
             return stream.reply
 
     @takes(system="text", resume="path")
-    def session(self, *, system: str | None = None, resume: str | Path | None = None) -> WorkerSession:
+    def session(
+        self, *, system: str | None = None, resume: str | Path | None = None, adapter: str | None = None
+    ) -> WorkerSession:
         """As `Engine.session`."""
-        given = {"system": system, "resume": None if resume is None else absolute(resume)}
+        given = {"system": system, "resume": None if resume is None else absolute(resume), "adapter": adapter}
         name = f"session {next(self._names)}"
         self.process.call("session.open", session=name, **{key: to for key, to in given.items() if to is not None})
         return WorkerSession(self, self.process, name)

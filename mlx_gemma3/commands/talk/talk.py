@@ -53,6 +53,7 @@ class ChatState:
     settings: Settings
     system: str | None = None
     file: Path | None = None  # where the conversation is kept
+    adapter: str | None = None  # that answers are written with
     pictures: list[Attached] = field(default_factory=list)  # for the next question
     turns: list[Asked] = field(default_factory=list)
     prefill: str = ""  # stands at the next prompt
@@ -212,7 +213,7 @@ class ChatState:
 
     def new(self) -> None:
         """Begin a conversation with the system text of now."""
-        self.take(self.engine.session(system=self.system))
+        self.take(self.engine.session(system=self.system, adapter=self.adapter))
 
     def save(self, file: Path | None = None) -> Path | None:
         """Write the conversation to a file, or to the one that keeps it; None when there is nothing to write."""
