@@ -199,6 +199,7 @@ def test_every_option_of_an_answer_can_be_set() -> None:
         "continue_final_message",
         "logprobs",
         "prompt_logprobs",
+        "adapter",
         *("schema", "regex", "grammar", "choices", "free_first", "tools", "tool_choice", "parallel_tool_calls"),
     }
 
