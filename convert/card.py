@@ -20,10 +20,12 @@ def write_card(folder: Path, report: Report, checkpoint: Checkpoint, command: st
     source = read_note(checkpoint.path)
     gemma = source.license in ("", "gemma")
     repository = name.partition("@")[0]
+    embeds = checkpoint.config.embedder is not None
+    task = "image-text-to-text" if checkpoint.config.vision is not None else "text-generation"
     front = [
         "library_name: mlx",
         *(["license: gemma", f"license_link: {TERMS}"] if gemma else [f"license: {source.license}"]),
-        f"pipeline_tag: {'text-generation' if checkpoint.config.vision is None else 'image-text-to-text'}",
+        f"pipeline_tag: {'sentence-similarity' if embeds else task}",
         *([f"base_model: {repository}"] if repository.count("/") == 1 and not Path(checkpoint.name).exists() else []),
         "tags: [mlx, gemma3]",
     ]
@@ -35,7 +37,9 @@ def write_card(folder: Path, report: Report, checkpoint: Checkpoint, command: st
         f"```\n{command or f'mlx-gemma3 convert {name}'}\n```",
         f"```\n{report.text()}\n```",
         "The errors are root mean squares of the differences from the source, over those of its numbers.",
-        "Run it with `mlx-gemma3 generate -m FOLDER`; mlx-lm and mlx-vlm load it too.",
+        "Use it with `mlx-gemma3 embed -m FOLDER`."
+        if embeds
+        else "Run it with `mlx-gemma3 generate -m FOLDER`; mlx-lm and mlx-vlm load it too.",
         *([NOTICE] if gemma else []),
     ]
     (folder / "README.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")

@@ -29,16 +29,18 @@ from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.checkpoint.weights import open_store
 from mlx_gemma3.errors import OptionError
 from mlx_gemma3.measure.evaluate import evaluate, text_ids
+from mlx_gemma3.measure.vectors import passages
 from mlx_gemma3.model.adapter import Adapter, LowRank
 from mlx_gemma3.visible import visible
 
 from .card import write_card
-from .folder_format import config_json, published_name
+from .folder_format import config_json, published_name, published_shape
 from .output import check_apart, check_free, new_folder, place
 from .packing import pack
 from .plan import EMBEDDING, FLOATS, Job, check_overrides, head_scales, packable, plan
 from .recipe import make_recipe
 from .report import KINDS, Loss, Melted, Report, Row, kind_of
+from .sentence_files import write_sentence_files
 from .tokenizer_files import write_side_files
 from .writer import MAX_SHARD_BYTES, Planned, Shard, split, write_index
 
@@ -116,7 +118,11 @@ def convert(
     found = resolve(source, text_only=text_only, quiet=quiet)
     check_apart(out, [found.path])
     checkpoint = open_checkpoint(found, text_only=text_only)
-    if compare is not None:
+    if compare is not None and checkpoint.config.embedder is not None:
+        if adapter is not None:
+            raise OptionError("compare", got="an embedding model and an adapter", want="one or the other")
+        passages(compare)
+    elif compare is not None:
         text_ids(checkpoint.tokenizer(), compare)  # what cannot be compared is refused now, not at the end
     store = open_store(checkpoint, exact=dequantize)
     read = None
@@ -143,7 +149,7 @@ def convert(
     copies = head_scales(checkpoint, jobs)
     tensors = [tensor for job in jobs for tensor in job.tensors()]
     names = {tensor.name: published_name(tensor.name, checkpoint.config) for tensor in tensors}
-    planned = [Planned(names[tensor.name], tensor.dtype, _published_shape(tensor)) for tensor in tensors]
+    planned = [Planned(names[tensor.name], tensor.dtype, published_shape(tensor)) for tensor in tensors]
     shards = split(planned, max_shard_bytes)
     if copies:
         shards[HEAD_FILE] = [
@@ -168,6 +174,8 @@ def convert(
         terms = read.matrices if read is not None else {}
         _write_weights(folder, store, jobs, shards, targets, report, progress, kind=kind, terms=terms)
         write_index(folder, shards)
+        if checkpoint.config.embedder is not None:
+            write_sentence_files(checkpoint, folder)
         report.parameters = sum(math.prod(job.entry.shape) for job in jobs)
         report.nbytes = nbytes
         report.head_copy_bytes = sum(tensor.nbytes for tensor in shards.get(HEAD_FILE, []))
@@ -188,14 +196,6 @@ def convert(
             report.comparison = replace(report.comparison, model=named)
         write_card(folder, report, checkpoint, command)
     return report
-
-
-def _published_shape(tensor: Planned) -> tuple[int, ...]:
-    """The patch convolution is published channels first."""
-    if PATCH_WEIGHT.rpartition("vision_tower.")[2] in tensor.name and len(tensor.shape) == 4:
-        hidden, height, width, channels = tensor.shape
-        return hidden, channels, height, width
-    return tensor.shape
 
 
 def _write_weights(

@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_gemma3.checkpoint.entries import Packing
+from mlx_gemma3.checkpoint.safetensors import PATCH_WEIGHT
 from mlx_gemma3.config import GLOBAL, Config
+
+from .writer import Planned
 
 
 def published_name(name: str, config: Config) -> str:
@@ -55,7 +58,8 @@ def config_json(config: Config, *, dtype: str, packings: Mapping[str, Packing]) 
         "rope_local_base_freq": _whole(text.rope_local_theta),
         "rope_scaling": None if text.rope_scale == 1 else {"factor": text.rope_scale, "rope_type": "linear"},
         "rope_theta": _whole(text.rope_theta),
-        "sliding_window": text.sliding_window,
+        "sliding_window": (text.sliding_window - 1) * 2 if text.bidirectional else text.sliding_window,
+        **({"use_bidirectional_attention": True} if text.bidirectional else {}),
         "vocab_size": text.vocab_size,
         **_layer_pattern(config),
     }
@@ -67,7 +71,8 @@ def config_json(config: Config, *, dtype: str, packings: Mapping[str, Packing]) 
         "torch_dtype": dtype,
     }
     if config.vision is None:
-        out = {"architectures": ["Gemma3ForCausalLM"], **settings, **top}
+        model = "Gemma3TextModel" if text.bidirectional else "Gemma3ForCausalLM"
+        out = {"architectures": [model], **settings, **top}
     else:
         vision = config.vision
         out = {
@@ -131,3 +136,11 @@ def _layer_pattern(config: Config) -> dict[str, Any]:
 def _whole(value: float) -> float | int:
     """256 and not 256.0: transformers checks the type."""
     return int(value) if value == int(value) else value
+
+
+def published_shape(tensor: Planned) -> tuple[int, ...]:
+    """The patch convolution is published channels first."""
+    if PATCH_WEIGHT.rpartition("vision_tower.")[2] in tensor.name and len(tensor.shape) == 4:
+        hidden, height, width, channels = tensor.shape
+        return hidden, channels, height, width
+    return tensor.shape

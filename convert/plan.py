@@ -126,6 +126,8 @@ def check_overrides(recipe: Recipe, jobs: Sequence[Job]) -> None:
 
 def head_scales(checkpoint: Checkpoint, jobs: Sequence[Job]) -> dict[str, str]:
     """Which tensors are written once more, and how they are called then. See converter.HEAD_FILE."""
+    if checkpoint.config.embedder is not None:
+        return {}
     embedding = next(job for job in jobs if job.module == EMBEDDING)
     if not checkpoint.config.tie_word_embeddings or embedding.packing is None:
         return {}

@@ -11,7 +11,7 @@ from mlx_gemma3.visible import one_line
 if TYPE_CHECKING:
     from mlx_gemma3.measure.evaluate import Evaluation
 
-KINDS = ("embedding", "head", "attention", "mlp", "norms", "vision", "projector")
+KINDS = ("embedding", "head", "attention", "mlp", "norms", "dense", "vision", "projector")
 
 
 def kind_of(name: str) -> str:

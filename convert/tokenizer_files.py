@@ -103,16 +103,18 @@ def _vocabulary_files(checkpoint: Checkpoint, vocabulary: Vocabulary, copied: fr
     tokens are special, and which match behind the normalizer.
     """
     files: dict[str, bytes] = {}
-    template = ""
+    template, embedder = "", checkpoint.config.embedder
+    eos = embedder is not None and bool(embedder.suffix)
     if checkpoint.gguf is not None:
         template = _template(checkpoint) or ""
         files["tokenizer.model"] = sentencepiece_model(vocabulary)
-        files["generation_config.json"] = _pretty(_generation(checkpoint, chat=checkpoint.instruct))
+        if embedder is None:
+            files["generation_config.json"] = _pretty(_generation(checkpoint, chat=checkpoint.instruct))
     if "tokenizer.json" not in copied:
-        files["tokenizer.json"] = tokenizer_json(vocabulary)
+        files["tokenizer.json"] = tokenizer_json(vocabulary, eos=eos)
     if "tokenizer_config.json" in copied:  # it names the special tokens: the files below would say it a second time
         return files
-    files["tokenizer_config.json"] = _pretty(_tokenizer_config(vocabulary, checkpoint.config, template))
+    files["tokenizer_config.json"] = _pretty(_tokenizer_config(vocabulary, checkpoint.config, template, eos=eos))
     files["special_tokens_map.json"] = _pretty(_special_tokens(vocabulary, checkpoint.config))
     if vocabulary.pieces[-1] == IMAGE:
         files["added_tokens.json"] = _pretty({IMAGE: len(vocabulary.pieces) - 1})
@@ -128,8 +130,11 @@ def _template(checkpoint: Checkpoint) -> str | None:
     return found[1] if found is not None else None
 
 
-def tokenizer_json(vocabulary: Vocabulary) -> bytes:
+def tokenizer_json(vocabulary: Vocabulary, *, eos: bool = False) -> bytes:
     """Hugging Face's format. For Gemma 3's own vocabulary the published file, byte for byte (33 MB).
+
+    Args:
+        eos: a text ends with <eos>, as EmbeddingGemma's do.
 
     Raises:
         TokenizerError: no <bos> or <unk>.
@@ -148,11 +153,16 @@ def tokenizer_json(vocabulary: Vocabulary) -> bytes:
     ]
     bos = _id(vocabulary, BOS)
     _id(vocabulary, _UNK)
-    # What stands before and around one text, A, and the second of a pair, B.
-    (bos_a, text_a), (bos_b, text_b) = (
-        ({"SpecialToken": {"id": BOS, "type_id": kind}}, {"Sequence": {"id": name, "type_id": kind}})
+    # What stands around one text, A, and the second of a pair, B.
+    text_a, text_b = (
+        [
+            {"SpecialToken": {"id": BOS, "type_id": kind}},
+            {"Sequence": {"id": name, "type_id": kind}},
+            *([{"SpecialToken": {"id": _EOS, "type_id": kind}}] if eos else []),
+        ]
         for kind, name in enumerate("AB")
     )
+    around = {BOS: bos, **({_EOS: _id(vocabulary, _EOS)} if eos else {})}
     values = {
         "version": "1.0",
         "truncation": None,
@@ -167,9 +177,9 @@ def tokenizer_json(vocabulary: Vocabulary) -> bytes:
         },
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [bos_a, text_a],
-            "pair": [bos_a, text_a, bos_b, text_b],
-            "special_tokens": {BOS: {"id": BOS, "ids": [bos], "tokens": [BOS]}},
+            "single": text_a,
+            "pair": [*text_a, *text_b],
+            "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]} for name, token in around.items()},
         },
         "decoder": {
             "type": "Sequence",
@@ -273,12 +283,12 @@ def picture_settings(config: Config) -> dict[str, dict[str, Any]]:
     return {"preprocessor_config.json": {**pictures, **processor}, "processor_config.json": processor}
 
 
-def _tokenizer_config(vocabulary: Vocabulary, config: Config, template: str) -> dict[str, Any]:
+def _tokenizer_config(vocabulary: Vocabulary, config: Config, template: str, *, eos: bool) -> dict[str, Any]:
     flags = {"lstrip": False, "rstrip": False, "single_word": False}
     picture = _picture_tokens(vocabulary)
     values: dict[str, Any] = {
         "add_bos_token": True,
-        "add_eos_token": False,
+        "add_eos_token": eos,
         "added_tokens_decoder": {
             token: {
                 "content": piece,

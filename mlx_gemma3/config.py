@@ -20,6 +20,7 @@ from typing import Any
 
 from .boundary.arguments import takes
 from .boundary.reading import read_json
+from .embedder_config import EmbedderConfig
 from .errors import ConfigError
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
@@ -88,13 +89,16 @@ class TextConfig:
     rope_local_theta: float  # local layers, never scaled
     rms_norm_eps: float
     max_position_embeddings: int
+    # EmbeddingGemma: no causality; W is then half of the file's sliding_window and one, and a local query sees the
+    # W - 1 keys on each side (transformers 5.23, configuration_gemma3.py:102)
+    bidirectional: bool = field(default=False, repr=False)
 
     def is_global(self, layer: int) -> bool:
         return self.layer_types[layer] == GLOBAL
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            if one.name != "layer_types":
+            if one.name not in ("layer_types", "bidirectional"):
                 _within(one.name, getattr(self, one.name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -174,6 +178,7 @@ class Config:
     tie_word_embeddings: bool = True
     # as MLX writes it: group_size, bits, mode, and entries by module name; None when nothing is packed
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)
+    embedder: EmbedderConfig | None = field(default=None, repr=False)  # set by `open_checkpoint`; not in config.json
 
     def __post_init__(self) -> None:
         rows = self.text.vocab_size
@@ -182,6 +187,10 @@ class Config:
                 raise ConfigError(name, got=token, want=f"an id below vocab_size {rows} (config.json)")
         if self.vision is None:
             return
+        if self.text.bidirectional:
+            raise ConfigError(
+                "use_bidirectional_attention", got="true beside a vision_config", want="false (config.json)"
+            )
         _within("mm_tokens_per_image", self.mm_tokens_per_image)
         side = math.isqrt(self.mm_tokens_per_image)
         if side < 1 or side * side != self.mm_tokens_per_image or self.vision.grid % side:
@@ -278,11 +287,12 @@ def _read_text(values: Mapping[str, Any]) -> TextConfig:
     _only(values, "attention_bias", False)
     _only(values, "attn_logit_softcapping", None)
     _only(values, "final_logit_softcapping", None)
-    _only(values, "use_bidirectional_attention", False)
     _only(values, "rope_traditional", False)
     layers = _number(values, "num_hidden_layers")
     _within("num_hidden_layers", layers)  # before as many are listed
     theta, scale, local_theta = _read_rope(values)
+    bidirectional, window = _switch(values, "use_bidirectional_attention", False), _number(values, "sliding_window")
+    _within("sliding_window", window)
     return TextConfig(
         vocab_size=_number(values, "vocab_size", 262208),
         hidden_size=_number(values, "hidden_size"),
@@ -292,13 +302,14 @@ def _read_text(values: Mapping[str, Any]) -> TextConfig:
         num_key_value_heads=_number(values, "num_key_value_heads", 4),
         head_dim=_number(values, "head_dim", 256),
         query_pre_attn_scalar=_real(values, "query_pre_attn_scalar", 256),
-        sliding_window=_number(values, "sliding_window"),
+        sliding_window=window // 2 + 1 if bidirectional else window,
         layer_types=_read_layer_types(values, layers),
         rope_theta=theta,
         rope_scale=scale,
         rope_local_theta=local_theta,
         rms_norm_eps=_real(values, "rms_norm_eps", 1e-6),
         max_position_embeddings=_number(values, "max_position_embeddings", 131072),
+        bidirectional=bidirectional,
     )
 
 

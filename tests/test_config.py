@@ -217,7 +217,7 @@ def test_what_mlx_vlm_adds_is_understood() -> None:
         (TEXT_1B | {"attention_bias": True}, "attention_bias"),
         (TEXT_1B | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         (TEXT_1B | {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        (TEXT_1B | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (TEXT_1B | {"use_bidirectional_attention": "yes"}, "use_bidirectional_attention"),
         (TEXT_1B | {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling.rope_type"),
         (TEXT_1B | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
         (TEXT_1B | {"rope_scaling": {"rope_type": "linear", "factor": 8, "beta": 1}}, "rope_scaling.beta"),

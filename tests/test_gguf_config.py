@@ -94,7 +94,7 @@ def test_refused_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "kind", "words"),
     [
-        ("llama", None, "got 'llama', want 'gemma3'; this program runs Gemma 3 only"),
+        ("llama", None, "got 'llama', want 'gemma3' or 'gemma-embedding'; this program runs Gemma 3 only"),
         ("clip", None, "the vision part of a model (mmproj), want a Gemma 3 text model; give the text model beside it"),
         ("gemma3", "adapter", "a LoRA adapter, want a Gemma 3 text model; merge it into its base model"),
         ("gemma3", "imatrix", "statistics for quantising"),

@@ -146,6 +146,22 @@ def test_only_what_is_needed_is_fetched_and_then_reused(tmp_path: Path, nowhere:
     assert mac.stderr == ""
 
 
+def test_an_embedding_models_modules_are_fetched(tmp_path: Path) -> None:
+    modules = {
+        name: name.encode()
+        for name in (
+            "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json",
+            "2_Dense/config.json", "2_Dense/model.safetensors",
+        )
+    }  # fmt: skip
+    unwanted = dict.fromkeys(("2_Dense/pytorch_model.bin", "onnx/config.json", "4_Normalize/.keep"), b"x")
+    with HubServer({"a/b": Repo(SINGLE | modules | unwanted)}) as hub:
+        mac = machine(tmp_path / "mac", hub.url)
+        (answer,) = mac.ask("a/b")
+        assert mac.held() == sorted({*SMALL, "tokenizer.json", "model.safetensors", *modules})
+        assert mac.ask("a/b", offline=True) == [answer]
+
+
 def test_bars_go_to_stderr_unless_quiet(tmp_path: Path) -> None:
     with HubServer({"a/b": Repo(SINGLE)}) as hub:
         mac = machine(tmp_path / "mac", hub.url)

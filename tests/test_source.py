@@ -174,7 +174,7 @@ def test_a_file_of_another_kind_and_a_path_object(tmp_path: Path) -> None:
 
 
 def test_aliases_lead_to_published_sizes() -> None:
-    wanted = {"demo", "gemma-3-270m", "gemma-3-270m-it"} | {
+    wanted = {"demo", "gemma-3-270m", "gemma-3-270m-it", "embeddinggemma-300m"} | {
         f"gemma-3-{size}b-{kind}" for size in (1, 4, 12, 27) for kind in ("it", "pt")
     }
     assert set(ALIASES) == wanted

@@ -85,6 +85,8 @@ def part_of(name: str) -> str:
         return "projector"
     if name.startswith("lm_head."):
         return "lm_head"
+    if name.startswith("dense."):
+        return "dense"
     if "embed_tokens." in name:
         return "embed_tokens"
     if "norm." in name:

@@ -61,6 +61,11 @@ _WHOLE = {
     "token_embd": "language_model.embed_tokens",
     "output_norm": "language_model.norm",
     "output": "lm_head",
+    # an embedding model's matrices, as llama.cpp's converter and Ollama's call them
+    "dense_2": "dense.0",
+    "dense_3": "dense.1",
+    "dense.0": "dense.0",
+    "dense.1": "dense.1",
     "v.patch_embd": "vision_tower.embeddings.patch_embedding",
     "v.position_embd": "vision_tower.embeddings.position_embedding",
     "v.post_ln": "vision_tower.post_layernorm",

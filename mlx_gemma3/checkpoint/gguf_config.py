@@ -17,6 +17,7 @@ import numpy as np
 
 from ..boundary.gguf_header import GGUFHeader, part_names, peek
 from ..config import GLOBAL, LOCAL, Config
+from ..embedder_config import PROMPTS, DenseConfig, EmbedderConfig
 from ..errors import CheckpointError, ConfigError
 
 # Layers of 4B, 12B and 27B, whose global layers the reference runs with positions / 8. Files by llama.cpp's converter
@@ -24,6 +25,9 @@ from ..errors import CheckpointError, ConfigError
 _SCALED_LAYERS = (34, 48, 62)
 _LAYERS_27B = 62
 _VOCAB_WITH_IMAGES = 262208
+_MEAN = 1  # llama.cpp's number of pooling by the mean
+# The matrices of an embedding model, as llama.cpp and Ollama call them.
+_DENSE = (("dense_2.weight", "dense.0.weight"), ("dense_3.weight", "dense.1.weight"))
 _NO_MODEL: Mapping[str, tuple[str, str]] = {  # general.type, or what the architecture tells: what it is, what to do
     "adapter": ("a LoRA adapter", "merge it into its base model first: llama.cpp's llama-export-lora, or PEFT"),
     "imatrix": ("statistics for quantising (an imatrix)", "give the model's own file"),
@@ -62,15 +66,17 @@ def read_config(header: GGUFHeader, projector: GGUFHeader | None = None) -> Conf
     if (kind := _kind(header.settings)) != "model":
         what, do = _NO_MODEL[kind]
         raise CheckpointError(f"{header.path}", got=what, want="a Gemma 3 text model", do=do)
-    settings = _Settings(header, "gemma3")
     architecture = header.get("general.architecture", "text")
-    if architecture != "gemma3":
+    if architecture not in ("gemma3", "gemma-embedding"):
         raise ConfigError(
             f"{header.path}: general.architecture",
             got=repr(architecture),
-            want="'gemma3'",
+            want="'gemma3' or 'gemma-embedding'",
             do="this program runs Gemma 3 only",
         )
+    settings = _Settings(header, architecture)
+    # llama.cpp has an architecture of its own for embedding models; Ollama's converter says how they pool.
+    embeds = architecture == "gemma-embedding" or bool(settings.whole("pooling_type", 0))
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{header.path}", got="no token_embd.weight", want="a Gemma 3 text model")
@@ -83,7 +89,9 @@ def read_config(header: GGUFHeader, projector: GGUFHeader | None = None) -> Conf
     _refuse_set(settings, ("final_logit_softcapping", "attn_logit_softcapping"))
     scale = settings.number("attention.scale", None)
     if scale and abs(scale - scalar**-0.5) > 1e-4 * scale:
-        raise ConfigError(f"{header.path}: gemma3.attention.scale", got=scale, want=f"{scalar**-0.5:.6g}, as Gemma 3")
+        raise ConfigError(
+            f"{header.path}: {architecture}.attention.scale", got=scale, want=f"{scalar**-0.5:.6g}, as Gemma 3"
+        )
     text: dict[str, Any] = {
         "model_type": "gemma3_text",
         "vocab_size": shapes["token_embd.weight"][0],
@@ -101,6 +109,7 @@ def read_config(header: GGUFHeader, projector: GGUFHeader | None = None) -> Conf
         "rope_scaling": _rope_scaling(settings, layers),
         "rms_norm_eps": settings.number("attention.layer_norm_rms_epsilon", 1e-6),
         "max_position_embeddings": context,
+        "use_bidirectional_attention": embeds,
     }
     vocabulary = _Settings(header, "tokenizer.ggml")
     eos = [vocabulary.whole(key, None) for key in ("eos_token_id", "eot_token_id")]
@@ -110,9 +119,35 @@ def read_config(header: GGUFHeader, projector: GGUFHeader | None = None) -> Conf
         "eos_token_id": list(dict.fromkeys(token for token in (*eos, 1, 106) if token is not None)),
         "tie_word_embeddings": "output.weight" not in shapes,
     }
+    if embeds:
+        found = Config.from_dict({**text, **top, "tie_word_embeddings": True})
+        return replace(found, embedder=_embedder(settings, vocabulary, found, shapes))
     if projector is None:
         return Config.from_dict({**text, **top})
     return Config.from_dict({**_image_settings(header, projector, text), **top})
+
+
+def _embedder(
+    settings: _Settings, vocabulary: _Settings, config: Config, shapes: Mapping[str, tuple[int, ...]]
+) -> EmbedderConfig:
+    """An embedding model's: GGUF keeps no prompts, so they are EmbeddingGemma's. A file without the two matrices is
+    one that llama.cpp's converter made without --sentence-transformers-dense-modules."""
+    pooling = settings.whole("pooling_type", _MEAN)
+    if pooling != _MEAN:
+        raise ConfigError(f"{settings.header.path}: {settings.prefix}.pooling_type", got=pooling, want="1, the mean")
+    matrices = [shapes[name] for pair in _DENSE for name in pair if name in shapes]
+    if not all(len(shape) == 2 for shape in matrices):
+        raise CheckpointError(f"{settings.header.path}: dense", got=matrices, want="matrices")
+    said = vocabulary.header.get
+    bos, eos = (said(f"tokenizer.ggml.add_{name}_token", "switch", True) for name in ("bos", "eos"))
+    return EmbedderConfig(
+        hidden_size=config.text.hidden_size,
+        max_length=config.text.max_position_embeddings,
+        dense=tuple(DenseConfig(inputs=shape[1], outputs=shape[0]) for shape in matrices),
+        prefix=(config.bos_token_id,) * bos,
+        suffix=(vocabulary.whole("eos_token_id", 1),) * eos,
+        prompts=PROMPTS,
+    )
 
 
 def _pattern(settings: _Settings, window: int) -> dict[str, Any]:

@@ -31,8 +31,14 @@ from .entries import Entry
 from .head import gguf_has_own_head, has_own_head
 from .packings import dtype_name, packings
 from .safetensors import EMBEDDING, is_vision, read_folder
+from .sentence import read_embedder
 from .source import Source, resolve
 from .tuned import find_template, gguf_template, judge
+
+NO_DENSE = (
+    "this embedding model holds no dense matrices: its vectors are the pooled hidden states, and no vectors of "
+    "EmbeddingGemma with its matrices can be compared with them"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,9 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
     names = [source.path.absolute().name]
     if source.path.is_dir():
         config = Config.from_file(source.path / "config.json")
-        tied = config.tie_word_embeddings and not has_own_head(source.path)
+        if config.text.bidirectional:
+            config = replace(config, embedder=read_embedder(source.path, config.text))
+        tied = config.embedder is not None or (config.tie_word_embeddings and not has_own_head(source.path))
         generation = _read_generation(source.path / "generation_config.json")
         headers, missing, found = None, "", find_template(source.path)
         template = found[1] if found is not None else None
@@ -76,7 +84,9 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
         generation = _gguf_generation(header)
         template = gguf_template(header)
         names.append(str(header.settings.get("general.name", "")))
-    instruct, notes = judge(source.name, template, names)
+    instruct, notes = judge(source.name, template, names) if config.embedder is None else (False, [])
+    if config.embedder is not None and not config.embedder.dense:
+        notes.append(NO_DENSE)
     eos = dict.fromkeys((*config.eos_token_ids, *generation.get("eos_token_id", ())))
     vision = None if text_only else config.vision
     config = replace(config, eos_token_ids=tuple(eos), tie_word_embeddings=tied, vision=vision)

@@ -30,6 +30,7 @@ from ..visible import listed
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "language_model.embed_tokens.weight"
 PATCH_WEIGHT = "vision_tower.embeddings.patch_embedding.weight"
+DENSE_FILE = "model.safetensors"  # in the folder of an embedding model's matrix, as linear.weight (and linear.bias)
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -274,7 +275,30 @@ def locate(folder: Path, config: Config, *, text_only: bool = False) -> dict[str
                     want="each tensor once",
                 )
             places[canonical] = Place(path, header[name])
+    for number, dense in enumerate(config.embedder.dense if config.embedder is not None else ()):
+        if dense.folder:
+            path = folder / dense.folder / DENSE_FILE
+            for name, info in read_header(path).items():
+                if info.dtype not in _READABLE:
+                    raise CheckpointError(f"{path}: {name}", got=f"dtype {info.dtype}", want="F32, F16, BF16 or U32")
+                places[f"dense.{number}.{name.removeprefix('linear.')}"] = Place(path, info)
     return places
+
+
+def dense_weights(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes, as stored, of an embedding model's matrices that lie with its other weights, as `dense.0.weight`.
+
+    Raises:
+        CheckpointError: weights missing or damaged.
+    """
+    found = {}
+    for path in shards(folder):
+        if not path.exists():
+            raise _missing_shard(path)
+        for name, info in read_header(path).items():
+            if (canonical := canonical_name(name)).startswith("dense."):
+                found[canonical] = info.shape
+    return found
 
 
 def read_folder(folder: Path, config: Config, *, text_only: bool = False) -> dict[str, mx.array]:

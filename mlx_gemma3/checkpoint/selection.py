@@ -21,6 +21,10 @@ CONFIG_FILES = (
     "config.json generation_config.json preprocessor_config.json processor_config.json added_tokens.json "
     "tokenizer_config.json special_tokens_map.json chat_template.json chat_template.jinja"
 ).split()
+# Of an embedding model as sentence-transformers writes it (sentence.py), and of its modules' folders.
+MODULES, PROMPT_FILE, LENGTH_FILE = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
+SENTENCE_FILES = (MODULES, PROMPT_FILE, LENGTH_FILE)
+MODULE_FILE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors)", re.ASCII)
 _LORA = "a LoRA adapter"
 _BESIDE = "load its base model with --adapter PATH (adapters=…), or melt it in: mlx-gemma3 convert BASE --adapter PATH"
 _SAVE = "load it with transformers and save it again: save_pretrained() writes model.safetensors"
@@ -103,6 +107,9 @@ def choose(
     if "config.json" not in top:
         raise ConfigError(place, got="no config.json", want="a model's folder: config.json and model*.safetensors")
     small = [name for name in (*CONFIG_FILES, INDEX) if name in top]
+    if MODULES in top:  # an embedding model's: a folder for each module, its matrix among them
+        small += [name for name in SENTENCE_FILES if name in top]
+        small += sorted(name for name in names if MODULE_FILE.fullmatch(name))
     small += [name for name in VOCABULARIES if name in top]  # the first decides, the second is for other programs
     if INDEX in top:
         weights = _shards(index(), place, text_only)

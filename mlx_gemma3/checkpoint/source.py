@@ -56,6 +56,7 @@ ALIASES: Mapping[str, str | Packaged | Path] = {
         size=253_113_024,
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
+    "embeddinggemma-300m": "google/embeddinggemma-300m",
     "gemma-3-270m-it": "google/gemma-3-270m-it",
     "gemma-3-1b-it": "google/gemma-3-1b-it",
     "gemma-3-1b-pt": "google/gemma-3-1b-pt",

@@ -52,7 +52,8 @@ def inspect(
 def report(about: dict[str, Any]) -> list[str]:
     """What `describe` found, as lines of text."""
     layers, pictures, tokenizer = about["layers"], about["pictures"], about["tokenizer"]
-    words = "chat" if about["chat"] else "base"
+    embedding = about["embedding"]
+    words = "embedding" if embedding else "chat" if about["chat"] else "base"
     settings = {name: value for name, value in about["generation"].items() if not name.endswith("token_id")}
     head = {
         "path": one_line(about["path"]),
@@ -64,6 +65,7 @@ def report(about: dict[str, Any]) -> list[str]:
         "pictures": f"{pictures['pixels']} x {pictures['pixels']} pixels, {pictures['tokens']} tokens each"
         if pictures
         else "no: words only",
+        **({"vectors": _vectors(embedding)} if embedding else {}),
         "parameters": f"{about['parameters']:,}",
         "on disk": f"{amount(about['bytes'])}, {about['bits_per_weight']:.2f} bits a weight",
         "tokenizer": f"{tokenizer['file']}, {tokenizer['vocabulary']:,} pieces" if tokenizer else "none",
@@ -84,6 +86,14 @@ def report(about: dict[str, Any]) -> list[str]:
         rows.append([f"{context:,}", *(amount(row["total"]) for row in same)])
     lines += [f"memory on a Mac, weights {amount(memory[0]['weights'])} of it:", *table(rows, ">>>>")]
     return lines
+
+
+def _vectors(embedding: dict[str, Any]) -> str:
+    """An embedding model's vectors in words."""
+    prompts = ", ".join(embedding["prompts"]) or "none"
+    return one_line(
+        f"{embedding['dimensions']:,} numbers, of at most {embedding['tokens']:,} tokens; prompts: {prompts}"
+    )
 
 
 def machine_lines(about: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from ..visible import one_line
 from .bench import bench
 from .chat import chat
 from .convert import convert
+from .embed import embed
 from .evaluate import evaluate
 from .fit import fit
 from .generate import generate
@@ -57,6 +58,7 @@ def _program(
 
 app.command()(generate)
 app.command()(chat)
+app.command()(embed)
 app.command()(convert)
 app.command()(evaluate)
 app.command()(inspect)

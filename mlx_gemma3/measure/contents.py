@@ -15,6 +15,7 @@ from ..checkpoint.published import size_of
 from ..checkpoint.source import resolve
 from ..checkpoint.tuned import find_template, gguf_template
 from ..checkpoint.weights import open_store
+from ..embedder_config import EmbedderConfig
 from ..errors import TokenizerError
 from ..model.cache import KV_BITS
 from ..prompt.vocabulary import VOCABULARIES
@@ -55,6 +56,7 @@ def _describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any
             "local": text.num_hidden_layers - len(global_layers),
             "window": text.sliding_window,
         },
+        "embedding": None if config.embedder is None else _embedding(config.embedder),
         "pictures": None if vision is None else {"pixels": vision.image_size, "tokens": config.mm_tokens_per_image},
         "parameters": count,
         "bytes": size,
@@ -65,6 +67,17 @@ def _describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any
         "chat_template": _template(checkpoint),
         "generation": dict(checkpoint.generation),
         "memory": _memory(checkpoint, entries),
+    }
+
+
+def _embedding(embedder: EmbedderConfig) -> dict[str, Any]:
+    """An embedding model's vectors, in plain types."""
+    return {
+        "dimensions": embedder.dimensions,
+        "tokens": embedder.max_length,
+        "dense": [[one.inputs, one.outputs] for one in embedder.dense],
+        "prompts": dict(embedder.prompts),
+        "default_prompt": embedder.default_prompt,
     }
 
 
@@ -88,7 +101,7 @@ def stored_as(entry: Entry) -> str:
 
 def _parts(entries: Sequence[Entry]) -> Iterable[dict[str, Any]]:
     """A row for each kind of module, in the order of the model, its ways of storing by how much they hold."""
-    order = ("embed_tokens", "attention", "mlp", "norms", "lm_head", "vision_tower", "projector")
+    order = ("embed_tokens", "attention", "mlp", "norms", "dense", "lm_head", "vision_tower", "projector")
     for part in order:
         inside = [entry for entry in entries if part_of(entry.name) == part]
         if not inside:

@@ -26,6 +26,7 @@ from ..prompt.processor import Processor, Prompt
 from ..prompt.vocabulary import END_OF_TURN, START_OF_IMAGE
 from .opened import MIN_TOKENS, Opened, check_vocabularies, open_model, read_text, text_ids, with_adapter
 from .scores import Distance, Evaluation, Scores
+from .vectors import compared
 
 if TYPE_CHECKING:
     from ..prompt.processor import Picture
@@ -56,6 +57,9 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a checkpoint on a text, and with `against` how far it is from another one.
+
+    Of embedding models, both of them, each paragraph of the text is a document, and what counts is the cosine between
+    its two vectors.
 
     Perplexity is that of every token of the text, each counted once: a window's first token after <bos> alone, its
     n-th after <bos> and the n - 1 before it. Names of control tokens in the text are plain characters. Of each picture
@@ -103,6 +107,8 @@ def evaluate(
             plain = open_model(source, dtype=dtype, text_only=not images)
         assert plain is not None
         subjects.append(plain if own is None else with_adapter(plain, own, text_only=not images))
+    if any(subject.runner.config.embedder is not None for subject in subjects):
+        return _of_embedders(subjects, text, images, tell)
     size = min(subject.runner.config.text.vocab_size for subject in subjects)
     if against is not None:
         check_vocabularies(*subjects)
@@ -113,6 +119,25 @@ def evaluate(
         window=window,
         words=_on_text(subjects, size, text, window, max_tokens, tell) if text else None,
         pictures=_on_pictures(subjects, size, images, tell) if images else None,
+        notes=tuple(note for subject in subjects for note in subject.notes),
+    )
+
+
+def _of_embedders(subjects: Sequence[Opened], text: str, images: Sequence[Picture], tell: Progress) -> Evaluation:
+    """The cosine between the vectors of two embedding models."""
+    if len(subjects) < 2:
+        do = "give the plain checkpoint with --against (against=…)"
+        raise OptionError("evaluate", got="one embedding model", want="another to compare its vectors with", do=do)
+    if images:
+        raise PromptError("pictures", got="an embedding model", want="a text")
+    model, reference = ((subject.runner, subject.tokenizer) for subject in subjects)
+    return Evaluation(
+        model=subjects[0].name,
+        against=subjects[1].name,
+        window=0,
+        words=None,
+        pictures=None,
+        vectors=compared(model, reference, text, lambda done, total: tell("texts", done, total)),
         notes=tuple(note for subject in subjects for note in subject.notes),
     )
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .vectors import VectorScores
+
 
 @dataclass(frozen=True, eq=False)
 class Distance:
@@ -72,10 +74,17 @@ class Evaluation:
     window: int  # tokens of the text that were read together
     words: Scores | None
     pictures: Scores | None
+    vectors: VectorScores | None = None  # of two embedding models; then there is nothing else
     notes: tuple[str, ...] = ()  # how the checkpoints were understood
 
     def text(self) -> str:
         """A table for people."""
+        if self.vectors is not None:
+            found = self.vectors.to_dict()
+            lines = [f"model    {self.model}", f"against  {self.against}", ""]
+            return "\n".join(
+                lines + [f"{label:<24}{format(found[key], style):>12}" for label, key, style in _OF_VECTORS]
+            )
         columns = [(name, scores) for name, scores in (("text", self.words), ("pictures", self.pictures)) if scores]
         lines = [f"model    {self.model}"]
         if self.against is not None:
@@ -89,6 +98,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
+        if self.vectors is not None:
+            return {"model": self.model, "against": self.against, "vectors": self.vectors.to_dict()}
         return {
             "model": self.model,
             "against": self.against,
@@ -99,6 +110,14 @@ class Evaluation:
 
 
 _ABSENT = object()
+_OF_VECTORS = (
+    ("texts", "texts", ",d"),
+    ("tokens", "tokens", ",d"),
+    ("cosine, mean", "cosine_mean", ".6f"),
+    ("  1st percentile", "cosine_p1", ".6f"),
+    ("  lowest", "cosine_lowest", ".6f"),
+    ("same nearest text", "same_nearest_text", ".2%"),
+)
 _ROWS = (
     ("tokens", "tokens", ",d"),
     ("perplexity", "perplexity", ".3f"),

@@ -2,18 +2,21 @@
 
 A chunk is a stretch of tokens (B, L) on one set of caches, or on none. A step is one token for each of several
 sequences, each on its own caches: matrices take all of them together, attention goes sequence by sequence, so nothing
-is padded, and sequences join and leave from one step to the next.
+is padded, and sequences join and leave from one step to the next. Texts of an embedding model go the same way: all
+their tokens are rows of one product, and each text attends to itself alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from .cache import Caches, Rows, keys_and_values
-from .masks import attention_mask
+from .masks import attention_mask, two_sided_mask
 
 Attend = Callable[..., mx.array]  # attention.attend
 
@@ -104,3 +107,56 @@ class Step:
         cache = caches[rule.layer]
         keys, values = keys_and_values(cache.append(both))
         return attend(q, keys, values, scale=rule.scale, mask=None, bits=cache.bits)
+
+
+class Texts:
+    """Whole texts of an embedding model, one behind another, each token a row: (T, 1, D). No caches, no causality.
+
+    Neighbours of one length attend in one call. A long text goes through a local layer some queries at a time, each
+    with the keys that any of them sees.
+    """
+
+    SHORTEST_BLOCK = 64  # queries
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """
+        Args:
+            lengths: tokens of each text, T together; fastest when those of one length are neighbours.
+        """
+        self.positions = mx.array(np.concatenate([np.arange(length) for length in lengths]))  # (T,)
+        self._runs = [(length, len(list(texts))) for length, texts in groupby(lengths)]
+        self._masks: dict[tuple[int, ...], mx.array | None] = {}
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
+        found, start = [], 0
+        for length, count in self._runs:
+            stop = start + length * count
+            qs, ks, vs = (
+                x[start:stop].reshape(count, length, -1, x.shape[-1]).transpose(0, 2, 1, 3)  # (count, heads, L, D)
+                for x in (q, k, v)
+            )
+            out = self._within(qs, ks, vs, rule, attend)
+            found.append(out.transpose(0, 2, 1, 3).reshape(stop - start, -1, 1, out.shape[-1]))
+            start = stop
+        return found[0] if len(found) == 1 else mx.concatenate(found)
+
+    def _within(self, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
+        """(count, H, L, D), (count, K, L, D) twice → (count, H, L, D)"""
+        length, window = q.shape[2], rule.window
+        if window is None or length <= window:
+            return attend(q, (k,), (v,), scale=rule.scale, mask=None)
+        step, blocks = max(window, self.SHORTEST_BLOCK), []
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            first, last = max(0, start - window + 1), min(length, stop + window - 1)
+            mask = self._mask(stop - start, start - first, last - first, window)
+            keys, values = k[:, :, first:last], v[:, :, first:last]
+            blocks.append(attend(q[:, :, start:stop], (keys,), (values,), scale=rule.scale, mask=mask))
+        return mx.concatenate(blocks, axis=2)
+
+    def _mask(self, queries: int, before: int, keys: int, window: int) -> mx.array | None:
+        """Of `queries` queries, `before` keys before the first of them, `keys` keys. The same in all layers."""
+        name = (queries, before, keys, window)
+        if name not in self._masks:
+            self._masks[name] = two_sided_mask(range(before, before + queries), range(keys), window)
+        return self._masks[name]

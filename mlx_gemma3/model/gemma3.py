@@ -18,8 +18,9 @@ import numpy as np
 
 from ..config import Config
 from ..errors import PromptError
+from . import embedder
 from .cache import Caches, check_padding
-from .context import Chunk
+from .context import Chunk, Texts
 from .layers import Linear
 from .text import TextModel
 from .vision import PLAIN, Projector, TowerKernels, VisionTower
@@ -40,6 +41,8 @@ class Gemma3(nn.Module):
         if config.vision is not None:
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config, config.vision)
+        if config.embedder is not None and config.embedder.dense:
+            self.dense = [Linear(one.inputs, one.outputs, bias=one.bias) for one in config.embedder.dense]
 
     def make_caches(
         self, *, padding: Sequence[int] | None = None, kv_bits: int = 16, local_kv_bits: int = 16
@@ -81,8 +84,9 @@ class Gemma3(nn.Module):
 
         Raises:
             PromptError: image tokens and pictures do not match, a block is cut by the call's end, or an id is not
-                in the vocabulary.
+                in the vocabulary; an embedding model.
         """
+        check_writes(self.config)
         self._check_pixels(pixels)
         features = self.encode_images(pixels) if pixels is not None and len(pixels) else None
         rows, blocks = self.embed(tokens, features, caches)
@@ -129,6 +133,26 @@ class Gemma3(nn.Module):
         tied = self.config.tie_word_embeddings
         logits = self.language_model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
         return logits.astype(mx.float32)
+
+    def vectors(self, texts: Sequence[Sequence[int]], skipped: Sequence[int] | None = None) -> mx.array:
+        """The vectors of an embedding model (`config.embedder`).
+
+        Args:
+            texts: N lists of token ids, with all that stands around a text; none is empty.
+            skipped: how many first tokens of each do not count in its mean; None for none.
+
+        Returns:
+            (N, E) float32.
+
+        Raises:
+            PromptError: an id that is not in the vocabulary.
+        """
+        assert self.config.embedder is not None, "no embedding model"
+        lengths = [len(ids) for ids in texts]
+        rows, _ = self.embed([[token] for ids in texts for token in ids])  # (T, 1, D)
+        hidden = self.language_model(rows, Texts(lengths))
+        means = embedder.pooled(hidden, lengths, skipped or [0] * len(lengths))
+        return embedder.finished(means, self.config.embedder, self.get("dense", []))
 
     def encode_images(self, pixels: mx.array | np.ndarray, kernels: TowerKernels = PLAIN) -> mx.array:
         """(N, S, S, 3) float32 in [-1, 1] → (N, T, D) rows.
@@ -179,6 +203,17 @@ class Gemma3(nn.Module):
         if caches is not None:
             caches.ends_in_image = bool(image[:, -1].any())
         return blocks if image.any() else None
+
+
+def check_writes(config: Config) -> None:
+    """Refuse to write with an embedding model, which has no head. Raises PromptError."""
+    if config.text.bidirectional:
+        raise PromptError(
+            "answer",
+            got="an embedding model, which writes nothing",
+            want="a generative checkpoint",
+            do="ask this one for vectors: mlx-gemma3 embed, engine.embed, /v1/embeddings",
+        )
 
 
 def _inside(spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:

@@ -13,6 +13,15 @@ Rows are queries, columns keys, `#` may attend. Six tokens, t text, i one pictur
 
 global = causal OR same block; local = (causal OR same block) AND key > query - W.
 Source: transformers 5.23, modeling_gemma3.py:697-755 and masking_utils.py:95; Google's gemma_pytorch agrees.
+
+An embedding model sees both sides; on a global layer everything, on a local one, W = 3, W - 1 keys to each side:
+
+      # # # . . .
+      # # # # . .
+      # # # # # .
+      . # # # # #
+      . . # # # #
+      . . . # # #
 """
 
 from __future__ import annotations
@@ -62,3 +71,19 @@ def attention_mask(
         # A pad query keeps itself, or its row would be all -inf and spread NaN through its values.
         allowed = (allowed & (keys[None] >= padding[:, None, None])) | (keys == queries)
     return allowed[:, None]  # (B, 1, L, S)
+
+
+def two_sided_mask(queries: range, keys: range, window: int) -> mx.array | None:
+    """Of an embedding model's local layer: |query - key| < window.
+
+    Args:
+        queries, keys: their positions in one text, without gaps.
+        window: W.
+
+    Returns:
+        bool (1, 1, len(queries), len(keys)); None when every query sees every key.
+    """
+    if max(queries.stop - 1 - keys.start, keys.stop - 1 - queries.start) < window:
+        return None
+    apart = mx.arange(queries.start, queries.stop)[:, None] - mx.arange(keys.start, keys.stop)[None]
+    return (mx.abs(apart) < window)[None, None]

@@ -12,18 +12,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import cpu
+from . import cpu, embedder
 from .adapter import Adapter
 from .adapter_terms import AdapterTerms, adapted_tower
 from .cache import Caches
 from .chunks import UNFUSED
-from .context import Chunk, Context, Step
+from .context import Chunk, Context, Step, Texts
 from .device import fused_from, unfused_tokens
 from .fused import FusedDecoder, Kernels, Matrix, gpu_kernels, gpu_tower
-from .gemma3 import Gemma3
+from .gemma3 import Gemma3, check_writes
 from .vision import PLAIN, TowerKernels
 
 _PADDED = "a padded batch is read by calls of the model"
+TEXT_GRAIN = 256  # rows: a GPU's graphs are compiled for each number of rows, so a batch of texts is filled up
 
 
 class Runner:
@@ -55,7 +56,11 @@ class Runner:
         self._head: Matrix = None
         # load_model(late_embedding=True): widening it is worth its time when a second token is asked for, not before.
         self._widen_at_step = False
-        if kernels is not None:
+        self._dense: list[Matrix] = []
+        if kernels is not None and model.config.embedder is not None:
+            self._dense = [kernels.matrix(module) for module in model.get("dense", [])]
+            mx.eval(model.parameters())
+        elif kernels is not None:
             embedding, tied = model.language_model.embed_tokens, model.config.tie_word_embeddings
             self._head = kernels.matrix(embedding if tied else model.lm_head)
             self._widen_at_step = tied and isinstance(embedding, nn.Embedding) and embedding.weight.dtype != self.dtype
@@ -81,11 +86,12 @@ class Runner:
         return adapter if adapter in self._towers else None
 
     def make_caches(self, *, kv_bits: int = 16, local_kv_bits: int = 16, adapter: str | None = None) -> Caches:
-        """Empty caches for one sequence; see Gemma3.make_caches.
+        """Empty caches for one sequence; see Gemma3.make_caches. Raises PromptError for an embedding model.
 
         Args:
             adapter: what everything that is read into them is computed with; None for the model alone.
         """
+        check_writes(self.config)
         caches = self.model.make_caches(kv_bits=kv_bits, local_kv_bits=local_kv_bits)
         caches.adapter = adapter
         return caches
@@ -151,6 +157,22 @@ class Runner:
         """(N, S, S, 3) float32 in [-1, 1] → (N, T, D), by the tower as this adapter has it."""
         tower = self._tower if adapter is None else self._towers.get(adapter, self._tower)
         return self.model.encode_images(pixels, tower)
+
+    def vectors(self, texts: Sequence[Sequence[int]], skipped: Sequence[int] | None = None) -> mx.array:
+        """See Gemma3.vectors: N lists of ids → (N, E) float32."""
+        if self._kernels is None:
+            return self.model.vectors(texts, skipped)
+        kernels, config, multiply = self._kernels, self.config.embedder, self._kernels.multiply
+        assert config is not None, "no embedding model"
+        lengths = [len(ids) for ids in texts]
+        fill = -sum(lengths) % TEXT_GRAIN if kernels.ahead else 0
+        ids = [token for text in texts for token in text] + [self.config.pad_token_id] * fill
+        rows, _ = self.model.embed([[token] for token in ids])  # (T, 1, D)
+        hidden = self._decoder(rows, Texts([*lengths, *([fill] if fill else [])]))
+        means = embedder.pooled(hidden, lengths, skipped or [0] * len(lengths))
+        return embedder.finished(
+            means, config, self.model.get("dense", []), lambda number, x: multiply(x, self._dense[number])
+        )
 
 
 def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runner:

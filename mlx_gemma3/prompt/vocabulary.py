@@ -212,7 +212,8 @@ def _read_gguf(path: Path) -> Vocabulary:
             do="it was converted without the model's tokenizer.model: take another GGUF file of the model, its "
             "safetensors, or convert it again with tokenizer.model in the folder",
         )
-    prefixed = header.get("general.architecture", "text") != "gemma3"  # where the file does not say
+    known = ("gemma3", "gemma-embedding")
+    prefixed = header.get("general.architecture", "text") not in known  # where the file does not say
     if header.get("tokenizer.ggml.add_space_prefix", "switch", prefixed):
         raise _refusal(source, "tokenizer.ggml.add_space_prefix", "true", "false")
     tokens = header.get("tokenizer.ggml.tokens", "texts")

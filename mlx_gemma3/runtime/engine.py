@@ -19,6 +19,7 @@ from ..prompt import snapshot
 from ..prompt.tokenizer import Tokenizer
 from . import session_file
 from .conversation import Conversation
+from .embedding import Embedding, Texts, embedding
 from .loaded import About, EngineOptions
 from .options import Options, OptionValues
 from .prompts import processed, said
@@ -240,6 +241,59 @@ class Engine:
         finally:
             for stream in streams:
                 stream.close()
+
+    @takes(kind="text", dimensions="whole", normalize="switch", truncate="switch")
+    def embed(
+        self,
+        texts: Texts,
+        *,
+        kind: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        truncate: bool = True,
+    ) -> list[list[float]]:
+        """The vectors of texts, of an embedding model (EmbeddingGemma), in the order of the texts.
+
+        Args:
+            texts: a text, several, or lists of token ids, which are read as they are.
+            kind: the name of a prompt that is put before each text ("query", "document", …); None for the model's
+                default, with EmbeddingGemma none.
+            dimensions: only the first so many numbers of each vector; None for all.
+            normalize: bring what was cut to length 1 again. A whole vector of EmbeddingGemma has length 1 anyway.
+            truncate: cut a text that is longer than the model takes; if False it is refused.
+
+        Returns:
+            N lists of `dimensions` floats (float32 numbers).
+
+        Raises:
+            OptionError: no embedding model, no such kind or dimensions.
+            ContextError, PromptError: a text, or token ids, that the model cannot read.
+            ClosedError, BusyError: as `stream`.
+        """
+        request = self.embedding(texts, kind=kind, dimensions=dimensions, normalize=normalize, truncate=truncate)
+        try:
+            found: list[list[float]] = request.array().tolist()
+        finally:
+            request.cancel()
+        return found
+
+    @takes(kind="text", dimensions="whole", normalize="switch", truncate="switch")
+    def embedding(
+        self,
+        texts: Texts,
+        *,
+        kind: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        truncate: bool = True,
+    ) -> Embedding:
+        """As `embed`, and return at once: how far it is, how many tokens there are, and the vectors as an array."""
+        request = embedding(
+            self._thread.loaded, texts, kind=kind, dimensions=dimensions, normalize=normalize, truncate=truncate
+        )
+        if request.total:
+            self._thread.embed(request)
+        return request
 
     @takes(system="text", resume="path", adapter="text")
     def session(

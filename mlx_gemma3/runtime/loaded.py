@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from mlx.utils import tree_flatten
 
@@ -28,6 +28,7 @@ class About(TypedDict):
     name: str
     instruct: bool  # tuned for chat
     vision: bool  # takes pictures
+    dimensions: NotRequired[int]  # of an embedding model's vectors
     max_context: int  # tokens of a prompt and its answer
     weights_bytes: int
     unpacked_bytes: int  # of packed weights that a CPU keeps as float32 too, because it is faster so
@@ -87,7 +88,7 @@ class Loaded:
 
     @property
     def about(self) -> About:
-        return About(
+        about = About(
             name=self.checkpoint.name,
             instruct=self.checkpoint.instruct,
             vision=self.config.vision is not None,
@@ -97,6 +98,9 @@ class Loaded:
             adapters=list(self._adapters),
             notes=list(self.notes),
         )
+        if self.config.embedder is not None:
+            about["dimensions"] = self.config.embedder.dimensions
+        return about
 
     @cached_property
     def identity(self) -> Identity:

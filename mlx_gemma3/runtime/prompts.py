@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import OptionError, PromptError
+from ..model.gemma3 import check_writes
 from ..prompt import messages as written
 from .loaded import Loaded
 from .options import Options
@@ -27,6 +28,7 @@ def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared:
         Exception: what `progress` raises.
     """
     options = request.options
+    check_writes(loaded.config)
     check_tokens(options, loaded.config.text.vocab_size)
     if request.conversation is not None:
         check_turn(options)

@@ -3,9 +3,9 @@
     line ─ prepare ─ admit ─┬─ readers: one chunk of one prompt ─┐
          (other threads)    └─ writers: one token of each ◄──────┘ ─ deliver
 
-Each turn reads at most one chunk and writes one token of every answer, so a long prompt holds nobody up: while others
-write, a chunk is cut so that it takes as long as a few of their steps. Cancels, errors and ends concern one answer;
-only what MLX itself raises in a joint step ends all answers of that step.
+Each turn reads at most one chunk, writes one token of every answer and makes the vectors of one batch of texts, so a
+long prompt holds nobody up: while others write, a chunk is cut so that it takes as long as a few of their steps.
+Cancels, errors and ends concern one answer; only what MLX itself raises in a joint step ends all answers of that step.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..generation.choice import Chooser
 from ..model.runner import Runner
 from .answer import Answer
 from .conversation import Conversation
+from .embedding import Embedding, EmbedQueue
 from .events import PendingEvent, Stage, no_usage
 from .finite import check_finite
 from .job import Job, done_event
@@ -82,6 +83,7 @@ class Scheduler:
         self._line: list[Job | Call] = []  # in the order in which they came
         self._readers: deque[Job] = deque()  # the next one to read a chunk stands first
         self._batch = Batch(runner)
+        self._embeddings = EmbedQueue(runner)
         self._writers: dict[Row, Job] = {}
         self.device_errors = 0  # in a row
         self._step_seconds = 0.0
@@ -89,8 +91,11 @@ class Scheduler:
 
     # --- what the engine's thread calls
 
-    def add(self, item: Job | Call) -> None:
+    def add(self, item: Job | Call | Embedding) -> None:
         """Put something in line."""
+        if isinstance(item, Embedding):
+            self._embeddings.add(item)
+            return
         self._line.append(item)
 
     @property
@@ -100,15 +105,15 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a turn would do something now."""
-        return bool(self._readers or self._writers)
+        return bool(self._readers or self._writers or self._embeddings)
 
     @property
     def waiting(self) -> int:
         """How many are in line, perhaps for a prompt that is being prepared. Any thread may ask."""
-        return len(self._line)
+        return len(self._line) + len(self._embeddings)
 
     def turn(self) -> None:
-        """Let in who can come in, read one chunk, write one token of each answer."""
+        """Let in who can come in, read one chunk, write one token of each answer, one batch of texts to vectors."""
         if self._line or len(self.running) > 1 or any(job.request.cancelled for job in self._readers):
             self._settle()
         if self._line:
@@ -119,6 +124,8 @@ class Scheduler:
             self._read_one()
         if self._writers:
             self._write_all()
+        if self._embeddings:
+            self._embed()
 
     def fail_all(self, error: BaseException) -> None:
         """A fault of the scheduler's own: whoever waits is told."""
@@ -130,6 +137,7 @@ class Scheduler:
                 item.future.set_exception(error)
         for job in self.running:
             self._fail(job, error)
+        self._embeddings.fail_all(known(error))
 
     def close(self) -> None:
         """Nothing is in work any more: keep on disk what is to be kept there."""
@@ -143,6 +151,7 @@ class Scheduler:
                 item.request.cancel()
         for job in self.running:
             job.request.cancel()
+        self._embeddings.cancel_all()
 
     def new_timeline(self, adapter: str | None = None) -> Timeline:
         options = self.loaded.options
@@ -455,6 +464,16 @@ class Scheduler:
                     self._end(job, "length")
             except Exception as error:
                 self._fail(job, error)
+
+    def _embed(self) -> None:
+        """One batch of texts."""
+        try:
+            self._embeddings.turn()
+        except Exception as error:  # MLX's own: whose texts they were is not worth telling apart
+            self._count(error)
+            self._embeddings.fail_all(known(_of_device(error)))
+        else:
+            self.device_errors = 0
 
     # --- ends
 

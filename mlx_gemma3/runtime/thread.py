@@ -23,6 +23,7 @@ from ..model.device import leave_thread, unwire, wire
 from ..model.runner import Runner
 from ..model.streams import lent
 from .conversation import Conversation
+from .embedding import Embedding
 from .job import Job
 from .loaded import EngineOptions, Loaded
 from .loading import load, warm_up, wired_bytes
@@ -35,7 +36,7 @@ IDLE = 0.1  # seconds after loading in which nobody asked for anything
 _BEAT = 0.02  # seconds between two looks whether one was cancelled whose prompt is being prepared
 
 T = TypeVar("T")
-_Item = Request | Call | Callable[[], None] | None
+_Item = Request | Call | Embedding | Callable[[], None] | None
 
 
 class EngineThread(threading.Thread):
@@ -84,16 +85,27 @@ class EngineThread(threading.Thread):
         with self._lock:
             self._check_open()
             if self._error is None:
-                waiting, most = self.waiting, self._options.queue + self._options.parallel
-                if waiting + len(requests) > most:
-                    raise BusyError(
-                        "queue", got=f"{waiting} requests that wait", want=f"at most {most}", do="wait for one to end"
-                    )
+                self._check_room(len(requests))
                 for request in requests:
                     self._queue.put(request)
                 return
         for request in requests:
             request.fail(known(self._error))
+
+    def embed(self, request: Embedding) -> None:
+        """Put texts in line.
+
+        Raises:
+            ClosedError, BusyError: as `submit`.
+            Gemma3Error: the engine could not load, or its GPU takes no more work.
+        """
+        check_process(self._process)
+        with self._lock:
+            self._check_open()
+            if self._error is not None:
+                raise self._error
+            self._check_room(1)
+            self._queue.put(request)
 
     @property
     def waiting(self) -> int:
@@ -182,7 +194,7 @@ class EngineThread(threading.Thread):
                     ending = True
                 elif isinstance(item, Request):
                     scheduler.add(Job(item))
-                elif isinstance(item, Call):
+                elif isinstance(item, Call | Embedding):
                     scheduler.add(item)
                 else:
                     item()
@@ -225,10 +237,17 @@ class EngineThread(threading.Thread):
 
     def _refuse_rest(self, error: Gemma3Error) -> None:
         while (item := self._queue.get()) is not None:
-            if isinstance(item, Request):
+            if isinstance(item, Request | Embedding):
                 item.fail(error)
             elif isinstance(item, Call):
                 item.future.set_exception(error)
+
+    def _check_room(self, count: int) -> None:
+        waiting, most = self.waiting, self._options.queue + self._options.parallel
+        if waiting + count > most:
+            raise BusyError(
+                "queue", got=f"{waiting} requests that wait", want=f"at most {most}", do="wait for one to end"
+            )
 
     def _check_open(self) -> None:
         if self._closing:

@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from ..errors import Gemma3Error, RequestError, SourceNotFound
-from . import anthropic, ollama, openai, openai_chat, openai_completions, openai_responses
+from . import anthropic, embeddings, ollama, openai, openai_chat, openai_completions, openai_responses
 from .asking import Service, status_of
 from .http import JSON, TooLarge
 from .openapi import document
@@ -68,7 +68,7 @@ def create_app(service: Service) -> Starlette:
         *route("/v1/completions", openai_completions.completions, "POST"),
         *route("/v1/responses", openai_responses.responses, "POST"),
         *route("/v1/responses/{name}", openai_responses.response, "GET", "DELETE"),
-        *route("/v1/embeddings", openai.embeddings, "POST"),
+        *route("/v1/embeddings", embeddings.embeddings, "POST"),
         *route("/v1/messages", anthropic.messages, "POST"),
         *route("/v1/messages/count_tokens", anthropic.count_tokens, "POST"),
         *route("/api/version", ollama.version, "GET"),
@@ -77,7 +77,8 @@ def create_app(service: Service) -> Starlette:
         *route("/api/show", ollama.show, "POST"),
         *route("/api/chat", ollama.chat, "POST"),
         *route("/api/generate", ollama.generate, "POST"),
-        *route("/api/embed", ollama.embed, "POST"),
+        *route("/api/embed", embeddings.embed, "POST"),
+        *route("/api/embeddings", embeddings.older, "POST"),
     ]
     layers = [
         Middleware(Log, settings=settings, metrics=service.metrics),

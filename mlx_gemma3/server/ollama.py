@@ -228,15 +228,10 @@ async def show(request: Request) -> Response:
             "template": "{{ .Prompt }}",
             "details": _listed(model)["details"],
             "model_info": {"general.architecture": "gemma3", **context},
-            "capabilities": ["completion", *vision],
+            "capabilities": ["embedding"] if about is not None and "dimensions" in about else ["completion", *vision],
             "modified_at": _now(),
         }
     )
-
-
-async def embed(_: Request) -> Response:
-    """POST /api/embed: no model of this version makes any."""
-    raise RequestError("embed", got="a request", want="an embedding model", do="none is loaded here")
 
 
 _far = "9999-12-31T23:59:59Z"

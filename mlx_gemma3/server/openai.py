@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import ContextError, Gemma3Error, RequestError, SourceNotFound
+from ..runtime.loaded import About
 from .asking import Service, status_of
 from .http import JSON, TooLarge
 from .models import Model
@@ -52,11 +53,11 @@ def _described(service: Service, model: Model) -> dict[str, Any]:
         "root": model.base.name,
         "parent": None if model.adapter is None else model.base.name,
         **({"max_model_len": about["max_context"]} if about else {}),
-        **({"capabilities": {"pictures": about["vision"], "chat": about["instruct"]}} if about else {}),
+        **({"capabilities": _capabilities(about)} if about else {}),
         "loaded": model.engine is not None,
     }
 
 
-async def embeddings(request: Request) -> Response:
-    """POST /v1/embeddings: no model of this version makes any."""
-    raise RequestError("embeddings", got="a request", want="an embedding model", do="none is loaded here")
+def _capabilities(about: About) -> dict[str, bool]:
+    embeds = {"embeddings": True} if "dimensions" in about else {}
+    return {"pictures": about["vision"], "chat": about["instruct"], **embeds}

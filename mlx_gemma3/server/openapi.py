@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import anthropic, ollama, openai_chat, openai_completions, openai_responses
+from . import anthropic, embeddings, ollama, openai_chat, openai_completions, openai_responses
 from .http import Body
 
 _BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": openai_chat.ChatRequest,
     "/v1/completions": openai_completions.CompletionRequest,
     "/v1/responses": openai_responses.ResponseRequest,
+    "/v1/embeddings": embeddings.EmbeddingsRequest,
     "/v1/messages": anthropic.MessagesRequest,
     "/v1/messages/count_tokens": anthropic.Counted,
     "/api/chat": ollama.ChatRequest,
     "/api/generate": ollama.GenerateRequest,
     "/api/show": ollama.Named,
+    "/api/embed": embeddings.EmbedRequest,
+    "/api/embeddings": embeddings.OlderRequest,
 }
 _MESSAGE = {
     "type": "object",
