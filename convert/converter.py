@@ -34,7 +34,7 @@ from mlx_gemma3.model.adapter import Adapter, LowRank
 from mlx_gemma3.visible import visible
 
 from .card import write_card
-from .folder_format import config_json, published_name
+from .folder_format import config_json, published_name, published_shape
 from .output import check_apart, check_free, new_folder, place
 from .packing import pack
 from .plan import EMBEDDING, FLOATS, Job, check_overrides, head_scales, packable, plan
@@ -119,6 +119,8 @@ def convert(
     check_apart(out, [found.path])
     checkpoint = open_checkpoint(found, text_only=text_only)
     if compare is not None and checkpoint.config.embedder is not None:
+        if adapter is not None:
+            raise OptionError("compare", got="an embedding model and an adapter", want="one or the other")
         passages(compare)
     elif compare is not None:
         text_ids(checkpoint.tokenizer(), compare)  # what cannot be compared is refused now, not at the end
@@ -147,7 +149,7 @@ def convert(
     copies = head_scales(checkpoint, jobs)
     tensors = [tensor for job in jobs for tensor in job.tensors()]
     names = {tensor.name: published_name(tensor.name, checkpoint.config) for tensor in tensors}
-    planned = [Planned(names[tensor.name], tensor.dtype, _published_shape(tensor)) for tensor in tensors]
+    planned = [Planned(names[tensor.name], tensor.dtype, published_shape(tensor)) for tensor in tensors]
     shards = split(planned, max_shard_bytes)
     if copies:
         shards[HEAD_FILE] = [
@@ -194,14 +196,6 @@ def convert(
             report.comparison = replace(report.comparison, model=named)
         write_card(folder, report, checkpoint, command)
     return report
-
-
-def _published_shape(tensor: Planned) -> tuple[int, ...]:
-    """The patch convolution is published channels first."""
-    if PATCH_WEIGHT.rpartition("vision_tower.")[2] in tensor.name and len(tensor.shape) == 4:
-        hidden, height, width, channels = tensor.shape
-        return hidden, channels, height, width
-    return tensor.shape
 
 
 def _write_weights(

@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_gemma3.checkpoint.entries import Packing
+from mlx_gemma3.checkpoint.safetensors import PATCH_WEIGHT
 from mlx_gemma3.config import GLOBAL, Config
+
+from .writer import Planned
 
 
 def published_name(name: str, config: Config) -> str:
@@ -133,3 +136,11 @@ def _layer_pattern(config: Config) -> dict[str, Any]:
 def _whole(value: float) -> float | int:
     """256 and not 256.0: transformers checks the type."""
     return int(value) if value == int(value) else value
+
+
+def published_shape(tensor: Planned) -> tuple[int, ...]:
+    """The patch convolution is published channels first."""
+    if PATCH_WEIGHT.rpartition("vision_tower.")[2] in tensor.name and len(tensor.shape) == 4:
+        hidden, height, width, channels = tensor.shape
+        return hidden, channels, height, width
+    return tensor.shape

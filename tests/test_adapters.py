@@ -253,6 +253,20 @@ def test_wrong_names_are_one_sentence(engine: Engine, places: dict[str, Path]) -
         mlx_gemma3.load(places["base"], adapters={"words": places["base"].parent / "nowhere"})
 
 
+def test_an_adapter_of_the_tower_alone(places: dict[str, Path], tmp_path: Path, want: dict[Any, Any]) -> None:
+    path = tiny_adapter.write(tmp_path / "tower", CONFIG, ["fc2", "out_proj"], vision=True)
+    with mlx_gemma3.load(places["base"], adapters={"tower": path}, text_only=True) as words:
+        assert words.generate("Hello there", adapter="tower", **GREEDY).tokens == want[None][0]
+    with mlx_gemma3.load(places["base"], adapters={"tower": path}) as sees:
+        found = [
+            sees.generate("What is this?", images=[HEART], adapter=name, logprobs=0, **GREEDY)
+            for name in ("tower", None, "tower")
+        ]
+    first = [reply.logprobs[0]["logprob"] for reply in found]
+    assert abs(first[0] - first[1]) > 1e-3 and first[0] == first[2]
+    assert [reply.usage["images_encoded"] for reply in found] == [1, 1, 0]
+
+
 def test_without_its_tower_an_adapter_of_pictures_still_writes(places: dict[str, Path]) -> None:
     with mlx_gemma3.load(places["base"], adapters={"sight": places["sight"]}, text_only=True) as words:
         reply = words.generate("Hello there", adapter="sight", **GREEDY)

@@ -108,9 +108,9 @@ def test_a_cancel_stops_between_two_pictures(chat: g3.Engine, monkeypatch: pytes
 
     encode, seen = Runner.encode_images, []
 
-    def encoding(model: Runner, pixels: Any) -> Any:
+    def encoding(model: Runner, *given: Any) -> Any:
         seen.append(stream.cancel())
-        return encode(model, pixels)
+        return encode(model, *given)
 
     monkeypatch.setattr(Runner, "encode_images", encoding)
     stream = chat.stream("compare", images=[Image.new("RGB", (30, 30), (60 * n, 0, 9)) for n in range(4)])

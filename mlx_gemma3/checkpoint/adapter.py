@@ -49,11 +49,6 @@ class AdapterFile:
         """Of its numbers in float32."""
         return sum(term.nbytes for term in self.matrices.values())
 
-    @property
-    def sees(self) -> bool:
-        """Whether it does something to the vision tower."""
-        return any(is_vision(path) for path in self.matrices)
-
 
 def read_adapter(path: str | Path, config: Config, *, model: str, text_only: bool = False) -> AdapterFile:
     """Read an adapter for a model: PEFT's LoRA, rsLoRA and DoRA, mlx-lm's and mlx-vlm's LoRA and DoRA.
@@ -92,11 +87,6 @@ def read_adapter(path: str | Path, config: Config, *, model: str, text_only: boo
         fit.check(module, infos, form)
         scale = form.scale(names[module], form.rank_of(infos["a"]))
         matrices[module] = _term(weights, {part: tensors[name] for part, name in found[module].items()}, form, scale)
-    if not matrices:
-        raise CheckpointError(
-            f"{weights}", got="matrices of the vision tower alone", want="some of the decoder",
-            do="load the model with its tower: without --text-only",
-        )  # fmt: skip
     return AdapterFile(
         path=folder,
         form=form.name,

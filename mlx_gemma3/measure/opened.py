@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoint.adapter import read_adapter
 from ..checkpoint.load import Checkpoint, load_model, open_checkpoint
 from ..checkpoint.source import resolve
-from ..errors import PromptError, TokenizerError
+from ..errors import OptionError, PromptError, TokenizerError
 from ..model.runner import Runner, on_device
 from ..prompt.tokenizer import Tokenizer
 
@@ -39,7 +39,15 @@ def open_model(
 
 
 def with_adapter(opened: Opened, adapter: str | Path, *, text_only: bool = True) -> Opened:
-    """The same weights with an adapter beside them. Raises what `load_model` does."""
+    """The same weights with an adapter beside them.
+
+    Raises:
+        OptionError: an embedding model. Gemma3Error: what `load_model` raises.
+    """
+    if opened.runner.config.embedder is not None:
+        raise OptionError(
+            "adapter", got="an embedding model", want="one that writes", do="melt it in: convert --adapter"
+        )
     read = read_adapter(adapter, opened.runner.config, model=opened.name, text_only=text_only)
     opened.runner.add_adapter(read.fingerprint, read.matrices)
     name = f"{opened.name} with {read.path.name}"

@@ -86,7 +86,7 @@ class Runner:
         return adapter if adapter in self._towers else None
 
     def make_caches(self, *, kv_bits: int = 16, local_kv_bits: int = 16, adapter: str | None = None) -> Caches:
-        """Empty caches for one sequence; see Gemma3.make_caches.
+        """Empty caches for one sequence; see Gemma3.make_caches. Raises PromptError for an embedding model.
 
         Args:
             adapter: what everything that is read into them is computed with; None for the model alone.

@@ -10,7 +10,7 @@ from ..checkpoint.adapter import read_adapter
 from ..checkpoint.load import load_model, open_checkpoint
 from ..checkpoint.memory import cache_bytes, this_machine
 from ..checkpoint.source import Source
-from ..errors import ClosedError
+from ..errors import ClosedError, OptionError
 from ..generation.batch import decode
 from ..generation.prefill import prefill
 from ..model.device import WORK_BYTES, bound_freed, release
@@ -41,6 +41,9 @@ def load(source: Source, options: EngineOptions, closing: Callable[[], bool]) ->
             local_kv_bits=options.local_kv_bits,
             max_context=options.max_context,
         )
+    if options.adapters and checkpoint.config.embedder is not None:
+        do = "melt one in: mlx-gemma3 convert --adapter"
+        raise OptionError("adapters", got="an embedding model", want="one that writes", do=do)
     adapters = {
         name: read_adapter(path, checkpoint.config, model=checkpoint.name, text_only=checkpoint.text_only)
         for name, path in options.adapters.items()
