@@ -45,6 +45,7 @@ goldens: $(PYTHON)
 	$(PYTHON) tests/reference/make_model_goldens.py
 	$(PYTHON) tests/reference/make_image_goldens.py
 	$(PYTHON) tests/reference/make_gradient_goldens.py
+	$(PYTHON) tests/reference/make_adapter_goldens.py
 
 # The table of docs/demo.md, on 500 fresh pictures (another SEED, other pictures)
 SEED ?= 2026

@@ -1,7 +1,7 @@
 """`convert`: from any checkpoint to a folder that every MLX program loads.
 
-    store ─ rows ─ pack · keep · unpack · cast ─ shard at its place        (one piece in memory at a time)
-                        └ compare with the rows ─ Report
+    store ─ rows ─ [melt an adapter in] ─ pack · keep · unpack · cast ─ shard at its place    (piece after piece)
+                                               └ compare with the rows ─ Report
 
 A matrix goes through in pieces of PIECE numbers, so the memory needed does not grow with the model: a piece in
 float32, its packed form, what comes back from it, and while it is packed some more: at most 32 times 4 * PIECE bytes,
@@ -20,6 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_gemma3.boundary.arguments import takes
+from mlx_gemma3.checkpoint.adapter import read_adapter
 from mlx_gemma3.checkpoint.entries import Store
 from mlx_gemma3.checkpoint.load import open_checkpoint
 from mlx_gemma3.checkpoint.numbers import refusal, step, unpacked
@@ -29,6 +30,7 @@ from mlx_gemma3.checkpoint.weights import open_store
 from mlx_gemma3.errors import OptionError
 from mlx_gemma3.measure.evaluate import evaluate, text_ids
 from mlx_gemma3.measure.vectors import passages
+from mlx_gemma3.model.adapter import Adapter, LowRank
 from mlx_gemma3.visible import visible
 
 from .card import write_card
@@ -37,7 +39,7 @@ from .output import check_apart, check_free, new_folder, place
 from .packing import pack
 from .plan import EMBEDDING, FLOATS, Job, check_overrides, head_scales, packable, plan
 from .recipe import make_recipe
-from .report import KINDS, Loss, Report, Row, kind_of
+from .report import KINDS, Loss, Melted, Report, Row, kind_of
 from .sentence_files import write_sentence_files
 from .tokenizer_files import write_side_files
 from .writer import MAX_SHARD_BYTES, Planned, Shard, split, write_index
@@ -52,7 +54,7 @@ Progress = Callable[[int, int, str], None]  # numbers done, numbers in all, para
 @takes(
     source="path", out="path", bits="whole", group_size="whole", mode="text", preset="text", overrides="texts",
     search="switch", dtype="text", dequantize="switch", text_only="switch", overwrite="switch", compare="text",
-    max_shard_bytes="whole", quiet="switch", command="text",
+    adapter="path", max_shard_bytes="whole", quiet="switch", command="text",
 )  # fmt: skip
 def convert(
     source: str | Path,
@@ -69,6 +71,7 @@ def convert(
     text_only: bool = False,
     overwrite: bool = False,
     compare: str | None = None,
+    adapter: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     quiet: bool = True,
     command: str = "",
@@ -91,7 +94,9 @@ def convert(
         dequantize: plain weights instead.
         text_only: leave the vision tower out.
         overwrite: replace the folder `out`.
-        compare: a text on which the result is compared with the source.
+        compare: a text on which the result is compared with the source, with the adapter beside it where there is one.
+        adapter: the folder of an adapter, to be melted into the weights. Where the source is packed and nothing is said
+            of packing, the matrices that it changes are packed anew as they were, the others kept.
         command: for the model card: how the folder was made.
         progress: called after each piece.
 
@@ -118,18 +123,27 @@ def convert(
     elif compare is not None:
         text_ids(checkpoint.tokenizer(), compare)  # what cannot be compared is refused now, not at the end
     store = open_store(checkpoint, exact=dequantize)
-    if any(entry.packing for entry in store.entries) and not dequantize and (said or checkpoint.gguf is None):
+    read = None
+    if adapter is not None:
+        read = read_adapter(adapter, checkpoint.config, model=checkpoint.name, text_only=text_only)
+        check_apart(out, [read.path])
+    packed = any(entry.packing for entry in store.entries)
+    kept = checkpoint.gguf is not None or (packed and read is not None)  # its own packing, where nothing is said
+    if packed and not dequantize and (said or not kept):
         raise OptionError(
             f"{checkpoint.name}",
             got="packed already",
             want="plain weights to pack",
             do="write plain weights with --dequantize first"
-            + (", or leave out bits, group, mode and preset to keep its own packing" if checkpoint.gguf else ""),
+            + (", or leave out bits, group, mode and preset to keep its own packing" if kept else ""),
         )
-    wanted = recipe if not dequantize and (said or checkpoint.gguf is None) else None
-    jobs = plan(store, wanted, dtype, gguf=checkpoint.gguf is not None, dequantize=dequantize)
+    wanted = recipe if not dequantize and (said or not kept) else None
+    jobs = plan(store, wanted, dtype, kept=kept, dequantize=dequantize)
     check_overrides(recipe, jobs)
     report = Report(source=visible(checkpoint.name), out=named, notes=list(checkpoint.notes))
+    if read is not None:
+        report.adapter = Melted(visible(read.path.name), len(read.matrices))
+        report.notes += read.notes
     copies = head_scales(checkpoint, jobs)
     tensors = [tensor for job in jobs for tensor in job.tensors()]
     names = {tensor.name: published_name(tensor.name, checkpoint.config) for tensor in tensors}
@@ -154,7 +168,9 @@ def convert(
         # What is small comes first: a vocabulary that cannot be read is known before an hour of packing.
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_side_files(checkpoint, folder)
-        _write_weights(folder, store, jobs, shards, targets, report, progress, kind="pt" if dequantize else "mlx")
+        kind = "pt" if dequantize else "mlx"
+        terms = read.matrices if read is not None else {}
+        _write_weights(folder, store, jobs, shards, targets, report, progress, kind=kind, terms=terms)
         write_index(folder, shards)
         if checkpoint.config.embedder is not None:
             write_sentence_files(checkpoint, folder)
@@ -172,6 +188,7 @@ def convert(
                 folder,
                 text=compare,
                 against=checkpoint,
+                against_adapter=adapter,
                 progress=progress and (lambda what, done, total: progress(done, total, f"comparing: {what}")),
             )
             report.comparison = replace(report.comparison, model=named)
@@ -197,8 +214,9 @@ def _write_weights(
     progress: Progress | None,
     *,
     kind: str,
+    terms: Adapter,
 ) -> None:
-    """Go through the parameters in order, shard after shard; fills the report's kinds, worst and repacked."""
+    """Go through the parameters in order, shard after shard; fills the report's kinds, worst, repacked and adapter."""
     home = {tensor.name: name for name, shard in shards.items() for tensor in shard}
     files: dict[str, Shard] = {}
     total, done = sum(math.prod(job.entry.shape) for job in jobs), 0
@@ -208,7 +226,8 @@ def _write_weights(
         for job in jobs:
             row, loss = kinds.setdefault(kind_of(job.entry.name), Row()), Loss()
             written = dict.fromkeys((tensor.name for tensor in job.tensors()), 0)
-            for arrays, piece, numbers in _pieces(store, job, report.source):
+            term = terms.get(job.module)
+            for arrays, piece, numbers, changes in _pieces(store, job, report.source, term):
                 for name, array in arrays.items():
                     for target in targets[name]:
                         file = home[target]
@@ -218,6 +237,8 @@ def _write_weights(
                     written[name] += array.nbytes
                 loss.add(*piece)
                 row.loss.add(*piece)
+                if term is not None and report.adapter is not None:
+                    report.adapter.add(*piece, changes)
                 done += numbers
                 if progress is not None:
                     progress(done, total, job.entry.name)
@@ -236,9 +257,13 @@ def _write_weights(
 
 
 def _pieces(
-    store: Store, job: Job, source: str
-) -> Iterator[tuple[dict[str, mx.array], tuple[float, float, float], int]]:
-    """A parameter in pieces: the arrays to write, (sum of squares, sum of squared errors, largest error), numbers.
+    store: Store, job: Job, source: str, term: LowRank | None
+) -> Iterator[tuple[dict[str, mx.array], tuple[float, float, float], int, float]]:
+    """A parameter in pieces: the arrays to write, (sum of squares, sum of squared errors, largest error), numbers, sum
+    of the squares of what the adapter changes. Errors are those of the numbers with the adapter in them.
+
+    Args:
+        term: what an adapter does to it.
 
     Raises:
         CheckpointError: NaN or infinity in the source. OptionError: numbers that the type to write cannot hold.
@@ -247,10 +272,12 @@ def _pieces(
     rows = entry.shape[0]
     for start in range(0, rows, count):
         read = store.read(entry, start, min(start + count, rows))
-        original = unpacked(read, entry, entry.packing).astype(mx.float32)
+        original = before = unpacked(read, entry, entry.packing).astype(mx.float32)
+        if term is not None:
+            original = term.melted(before, start)
         if job.packing is None:
             arrays = {entry.name: original.astype(job.dtype)}
-        elif entry.packing is not None:
+        elif entry.packing is not None and term is None:
             arrays = {name: _cast(array, job.dtype) for name, array in read.items()}
         else:
             parts = pack(original, job.packing, job.dtype, search=job.search)
@@ -258,17 +285,18 @@ def _pieces(
             arrays = dict(zip(names, parts, strict=False))
         errors = mx.abs(unpacked(arrays, entry, job.packing).astype(mx.float32) - original)
         # Row by row: one float32 sum over all numbers would be off by percents.
-        sums = [*(mx.square(x).reshape(len(x), -1).sum(axis=-1).sum() for x in (original, errors)), errors.max()]
+        squares = (mx.square(x).reshape(len(x), -1).sum(axis=-1).sum() for x in (original, errors, original - before))
+        sums = [*squares, errors.max()]
         if entry.name == PATCH_WEIGHT:
             arrays = {name: mx.contiguous(array.transpose(0, 3, 1, 2)) for name, array in arrays.items()}
         finite = mx.isfinite(original).all()
         mx.eval(*arrays.values(), *sums, finite)
         if not finite.item():
             raise refusal(source, entry.name)
-        squares, squared, largest = (float(value.item()) for value in sums)  # type: ignore[arg-type]
+        total, squared, changes, largest = (float(value.item()) for value in sums)  # type: ignore[arg-type]
         if not math.isfinite(largest):
             raise OptionError(f"{entry.name} as {job.how}", got="numbers beyond its range", want="--dtype float32")
-        yield arrays, (squares, squared, largest), original.size
+        yield arrays, (total, squared, largest), original.size, changes
 
 
 def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:

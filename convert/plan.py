@@ -59,12 +59,12 @@ class Job:
         ]
 
 
-def plan(store: Store, recipe: Recipe | None, dtype: str | None, *, gguf: bool, dequantize: bool) -> list[Job]:
+def plan(store: Store, recipe: Recipe | None, dtype: str | None, *, kept: bool, dequantize: bool) -> list[Job]:
     """A job for each parameter, in the order of the store. Without a recipe what is plain stays plain.
 
     Args:
         dtype: of everything that is not packed, and of scales; None for `_float_type`'s choice.
-        gguf: the store is a GGUF file's.
+        kept: the store is a GGUF file's, or its own packing stays.
     """
     jobs = []
     for entry in store.entries:
@@ -74,21 +74,21 @@ def plan(store: Store, recipe: Recipe | None, dtype: str | None, *, gguf: bool, 
         elif packing is None and recipe is not None and packable(entry):
             packing = recipe.choose(entry.name.removesuffix(".weight"), entry.shape[1])
             search = recipe.search and packing is not None and packing.bits < 8  # 8 bits gain nothing from it
-        kind = FLOATS[dtype] if dtype is not None else _float_type(entry, packing, store, gguf=gguf)
+        kind = FLOATS[dtype] if dtype is not None else _float_type(entry, packing, store, kept=kept)
         jobs.append(Job(entry, packing, kind, search))
     return jobs
 
 
-def _float_type(entry: Entry, packing: Packing | None, store: Store, *, gguf: bool) -> mx.Dtype:
-    """What rounds nothing where a GGUF file is kept as it is, else bfloat16, as published.
+def _float_type(entry: Entry, packing: Packing | None, store: Store, *, kept: bool) -> mx.Dtype:
+    """What rounds nothing where a checkpoint is kept as it is, else bfloat16, as published.
 
     mlx-lm and mlx-vlm compute in the type of the scales and of the embedding, and Gemma 3 overflows in float16. So
     scales are never float16, which would be exact, but float32; and bfloat16 where it holds them all. It does for what
     was made from a bfloat16 checkpoint as F16, Q4_0 and Q5_0: their scale is a weight divided by -8 or -16.
     """
-    if not gguf or (packing is not None and entry.packing is None):
+    if not kept or (packing is not None and entry.packing is None):
         return mx.bfloat16
-    may_fit = entry.kind in ("F16", "Q4_0", "Q5_0") and packing == entry.packing
+    may_fit = entry.kind in ("F16", "Q4_0", "Q5_0", "U32") and packing == entry.packing  # U32: packed by MLX
     if may_fit and _fit(entry, store):
         return mx.bfloat16
     return mx.float32 if packing is not None else _SOURCE_FLOATS.get(entry.kind, mx.float32)

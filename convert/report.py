@@ -50,6 +50,38 @@ class Row:
 
 
 @dataclass
+class Melted:
+    """What became of an adapter: sums over the matrices that it changes."""
+
+    name: str
+    matrices: int
+    loss: Loss = field(default_factory=Loss)
+    changes: float = 0.0  # squares of what it changes
+
+    def add(self, squares: float, errors: float, largest: float, changes: float) -> None:
+        self.loss.add(squares, errors, largest)
+        self.changes += changes
+
+    @property
+    def relative(self) -> float:
+        """Root mean square of what it changes over that of the numbers."""
+        return float((self.changes / self.loss.squares) ** 0.5) if self.loss.squares else 0.0
+
+    @property
+    def cost(self) -> float:
+        """Root mean square of what is lost of these matrices over that of what the adapter changes."""
+        return float((self.loss.errors / self.changes) ** 0.5) if self.changes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "matrices": self.matrices,
+            "relative_change": self.relative,
+            "error_over_change": self.cost,
+        }
+
+
+@dataclass
 class Report:
     """The result of `convert`."""
 
@@ -64,6 +96,7 @@ class Report:
     repacked: list[tuple[str, str, float]] = field(default_factory=list)  # GGUF types that MLX has no packing for
     notes: list[str] = field(default_factory=list)  # how the source was understood
     seconds: float = 0.0
+    adapter: Melted | None = None  # that was melted in
     comparison: Evaluation | None = None
 
     @property
@@ -85,6 +118,12 @@ class Report:
             lines.append(f"{kind:<10} {row.parameters / 1e6:>12,.2f} {_size(row.nbytes):>10}  {error:>14}  {stored}")
         if self.worst:
             lines += ["", "largest relative errors:", *(f"  {error:.2e}  {name}" for name, error in self.worst)]
+        if (melted := self.adapter) is not None:
+            lines += [
+                "",
+                f"the adapter {one_line(melted.name)} is in {melted.matrices} matrices: it changes them by "
+                f"{melted.relative:.2%}, and writing them moves them by {melted.cost:.2%} of that change",
+            ]
         if self.left_plain:
             lines += ["", "left plain, since no group divides their width:", *(f"  {n}" for n in self.left_plain)]
         if self.repacked:
@@ -128,6 +167,7 @@ class Report:
             "repacked": [{"name": n, "kind": kind, "relative_error": error} for n, kind, error in self.repacked],
             "notes": self.notes,
             "seconds": self.seconds,
+            "adapter": self.adapter.to_dict() if self.adapter is not None else None,
             "comparison": self.comparison.to_dict() if self.comparison is not None else None,
         }
 

@@ -198,6 +198,8 @@ def test_every_option_of_an_answer_can_be_set() -> None:
         "raw",
         "continue_final_message",
         "logprobs",
+        "prompt_logprobs",
+        *("schema", "regex", "grammar", "choices", "free_first", "tools", "tool_choice", "parallel_tool_calls"),
     }
 
 

@@ -17,7 +17,7 @@ CONVERT = ROOT / "convert"  # installed as mlx_gemma3.convert
 # A room imports from itself and from lower ranks only.
 RANKS = {
     "visible": 0, "errors": 1, "boundary": 2, "embedder_config": 2.5, "config": 3,
-    "prompt": 4, "model": 5, "checkpoint": 6, "generation": 7, "runtime": 8,
+    "prompt": 4, "model": 5, "checkpoint": 6, "grammar": 6, "generation": 7, "runtime": 8,
     "measure": 9, "worker": 9, "server": 9, "convert": 10, "__init__": 11, "commands": 12, "cli": 13,
 }  # fmt: skip
 

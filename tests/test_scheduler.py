@@ -17,6 +17,7 @@ from endless import endless
 import mlx_gemma3 as g3
 from mlx_gemma3.errors import BusyError, Gemma3Error, OptionError, PromptError
 from mlx_gemma3.generation import prefill
+from mlx_gemma3.generation.constraint import Constraint
 from mlx_gemma3.model.cache import Caches
 from mlx_gemma3.model.runner import Runner
 from mlx_gemma3.runtime import scheduler as scheduling
@@ -185,7 +186,7 @@ def test_an_error_of_mlx_ends_the_step_and_the_engine_lives(chat: g3.Engine, ste
     assert session.send("and", max_tokens=3).reply.finish_reason == "length"
 
 
-class OnlyEven:
+class OnlyEven(Constraint):
     """A constraint: even ids, at most `most` of them; then it fails."""
 
     def __init__(self, vocabulary: int, most: int = 1 << 30) -> None:

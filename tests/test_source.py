@@ -129,13 +129,16 @@ MLX_LM = b'{"model": "mlx-community/g"}'
     [
         (
             {"adapter_config.json": PEFT, "adapter_model.safetensors": b""},
-            ["a LoRA adapter of google/gemma-3-4b-it (adapter", "merge it into its base model first"],
+            ["a LoRA adapter of google/gemma-3-4b-it (adapter", "load its base model with --adapter"],
         ),
         (
             {"adapter_config.json": MLX_LM, "adapters.safetensors": b"", "0000100_adapters.safetensors": b""},
-            ["a LoRA adapter of mlx-community/g", "mlx_lm.fuse"],
+            ["a LoRA adapter of mlx-community/g", "mlx-gemma3 convert BASE --adapter"],
         ),
-        ({"adapter_config.json": b"{", "adapter_model.bin": b"", **SMALL}, ["a LoRA adapter (a", "merge_and_unload"]),
+        (
+            {"adapter_config.json": b"{", "adapter_model.bin": b"", **SMALL},
+            ["a LoRA adapter (a", "with --adapter"],
+        ),
         ({**SMALL, "pytorch_model.bin": b""}, ["no weights but pickled ones of PyTorch", "save_pretrained()"]),
         ({**SMALL, "pytorch_model-00001-of-00002.bin": b"", "pytorch_model.bin.index.json": b""}, ["pickled"]),
         ({**SMALL, "consolidated.safetensors": b""}, ["no weights but those of a training program (consolidated."]),

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import OptionError
+
+_NAME = re.compile(r"[\w.-]+")  # of an adapter: the server has it behind a colon
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -126,6 +130,27 @@ def _biases(value: Any) -> dict[int, float]:
     return {_whole(int(key) if isinstance(key, str) else key): _number(bias) for key, bias in _mapping(value).items()}
 
 
+def _paths(value: Any) -> dict[str, Any]:
+    found = _mapping(value)
+    if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in found):
+        raise TypeError
+    return {name: _path(path) for name, path in found.items()}
+
+
+def _schema(value: Any) -> Any:
+    """A JSON schema: an object, which is copied, its text, or a class that has one."""
+    if isinstance(value, str | type):
+        return value
+    return json.loads(json.dumps(_mapping(value)))
+
+
+def _tools(value: Any) -> tuple[Any, ...]:
+    """Functions, or objects, which are copied."""
+    if isinstance(value, str | Mapping) or (given := elements(value)) is None:
+        raise TypeError
+    return tuple(one if callable(one) else json.loads(json.dumps(_mapping(one))) for one in given)
+
+
 def _mapping(value: Any) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
@@ -139,5 +164,8 @@ KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "switch": (_switch, "true or false"),
     "whole": (_whole, "a whole number"),
     "number": (_number, "a number"),
+    "paths": (_paths, "a path for each name, names of letters, digits, -, _ and ."),
     "biases": (_biases, "a number for each token id"),
+    "schema": (_schema, "a JSON schema: an object, its text, a pydantic model or a dataclass"),
+    "tools": (_tools, "a list of functions, or of objects that describe them"),
 }

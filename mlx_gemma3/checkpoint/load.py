@@ -21,10 +21,12 @@ from ..boundary.gguf_header import GGUFHeader
 from ..boundary.reading import read_json
 from ..config import Config
 from ..errors import CheckpointError, ConfigError, OptionError
+from ..model.adapter import attach
 from ..model.gemma3 import Gemma3
 from ..prompt.tokenizer import Tokenizer
 from ..visible import listed
 from . import gguf, gguf_config
+from .adapter import read_adapter
 from .entries import Entry
 from .head import gguf_has_own_head, has_own_head
 from .packings import dtype_name, packings
@@ -101,9 +103,14 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
     )
 
 
-@takes(dtype="text", text_only="switch", late_embedding="switch")
+@takes(dtype="text", text_only="switch", late_embedding="switch", adapter="path")
 def load_model(
-    source: str | Path | Checkpoint, *, dtype: str = "auto", text_only: bool = False, late_embedding: bool = False
+    source: str | Path | Checkpoint,
+    *,
+    dtype: str = "auto",
+    text_only: bool = False,
+    late_embedding: bool = False,
+    adapter: str | Path | None = None,
 ) -> Gemma3:
     """The model with its weights: lazy arrays where the file is safetensors, read when first evaluated.
 
@@ -114,9 +121,10 @@ def load_model(
         text_only: leave out the vision tower; its bytes are never read.
         late_embedding: on the CPU leave an embedding of 16 bits as it is, for a model that will be fused: it is half
             of what a small model reads, and not needed in float32 before the second token.
+        adapter: a folder of PEFT's, mlx-lm's or mlx-vlm's: its matrices are AdaptedLinear then.
 
     Raises:
-        SourceError, ConfigError: no such source, or not Gemma 3.
+        SourceError, ConfigError: no such source, or not Gemma 3; no adapter, or one that is not computed here.
         CheckpointError: tensors missing, extra, of a wrong shape, or files that are cut off.
         OptionError: another dtype.
     """
@@ -142,6 +150,8 @@ def load_model(
     )
     model.eval()
     model.freeze()
+    if adapter is not None:
+        attach(model, read_adapter(adapter, config, model=source.name, text_only=text_only).matrices)
     return model
 
 

@@ -26,14 +26,14 @@ MODULES, PROMPT_FILE, LENGTH_FILE = "modules.json", "config_sentence_transformer
 SENTENCE_FILES = (MODULES, PROMPT_FILE, LENGTH_FILE)
 MODULE_FILE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors)", re.ASCII)
 _LORA = "a LoRA adapter"
-_MERGE = "merge it into its base model first: PEFT's merge_and_unload() and save_pretrained(), or mlx_lm.fuse"
+_BESIDE = "load its base model with --adapter PATH (adapters=…), or melt it in: mlx-gemma3 convert BASE --adapter PATH"
 _SAVE = "load it with transformers and save it again: save_pretrained() writes model.safetensors"
 # Weights that are no model by themselves, or of a format that is not read: what they are, their names, what to do.
 _OTHER_KINDS = (
     (
         _LORA,
         re.compile(r"adapter_config\.json|adapter_model.*\.(safetensors|bin)|(\d+_)?adapters\.(safetensors|npz)"),
-        _MERGE,
+        _BESIDE,
     ),
     ("no weights but pickled ones of PyTorch", re.compile(r"pytorch_model.*\.bin(\.index\.json)?|model.*\.bin"), _SAVE),
     (

@@ -6,6 +6,7 @@ import functools
 import inspect
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,7 @@ from ..runtime.options import SETTINGS, Setting, default_of
 
 _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 _WANT = {"texts": "texts, in quotes where they hold spaces", "switch": "on or off", "whole": "a whole number"}
-_TYPES: dict[str, Any] = {"number": float | None, "whole": int | None, "texts": list[str] | None}
+_TYPES: dict[str, Any] = {"number": float | None, "whole": int | None, "text": str | None, "schema": str | None}
 
 
 def answering(*, talk: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -49,12 +50,11 @@ def answering(*, talk: bool) -> Callable[[Callable[..., None]], Callable[..., No
 
 def _parameter(name: str) -> inspect.Parameter:
     setting = SETTINGS[name]
-    default = default_of(name)
+    default, flag = default_of(name), "--" + (setting.word or name).replace("_", "-")
     if setting.kind == "switch":
-        flag = typer.Option("--" + name.replace("_", "-"), help=setting.help)
-        kind: Any = Annotated[bool, flag]
+        kind: Any = Annotated[bool, typer.Option(flag, help=setting.help)]
     elif setting.kind in ("texts", "biases"):
-        kind = Annotated[list[str] | None, typer.Option(help=setting.help, show_default=False)]
+        kind = Annotated[list[str] | None, typer.Option(flag, help=setting.help, show_default=False)]
         default = None
     elif default is not None:
         kind = Annotated[int, typer.Option(help=setting.help)]
@@ -72,9 +72,27 @@ def _shown(setting: Setting) -> Any:
 
 def _flagged(name: str, value: Any) -> Any:
     kind = SETTINGS[name].kind
+    if kind == "schema" or name == "grammar":
+        return _written(name, value)
     if kind == "texts":
         return value or []
     return _biases(name, value or []) if kind == "biases" else value
+
+
+def _written(name: str, given: str | None) -> str | None:
+    """A schema or grammar, or what stands in the file of that name."""
+    if given is None or "{" in given or "\n" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except OSError as error:
+        if name == "grammar" and ":" in given:  # start: "a" | "b"
+            return given
+        raise OptionError(
+            f"--{name}", got=f"{given} ({error.strerror})", want=f"a file, or the {name} itself"
+        ) from None
+    except ValueError:
+        raise OptionError(f"--{name}", got=f"{given}, which is not UTF-8", want="a text file") from None
 
 
 def typed(name: str, text: str) -> Any:

@@ -15,6 +15,7 @@ import typer
 
 from ..boundary.writing import check_writable
 from ..errors import Gemma3Error, OptionError, PromptError
+from .adapters import only
 from .answers import answering
 from .streams import OutputLost, was_closed
 from .terminal import leave, own
@@ -48,8 +49,15 @@ def chat(
         Path | None,
         typer.Option(help="Go on with the conversation in this file, and keep it there.", show_default=False),
     ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(help="A Python file: the model may ask for its functions, and you are asked.", show_default=False),
+    ] = None,
     *,
     options: dict[str, Any],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="An adapter to answer with, as NAME=PATH or PATH.", show_default=False)
+    ] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 16, 8 or 4.")] = 16,
@@ -66,8 +74,9 @@ def chat(
     from .talk.screen import Leave, Plain, Screen, Terminal
     from .talk.settings import Settings
     from .talk.talk import ChatState
+    from .talk.tools import Tools
 
-    settings = Settings(options)
+    settings, adapters = Settings(options), only(adapter)
     if was_closed(0):
         raise PromptError("standard input", got="a closed one", want="questions")
     if image and text_only:
@@ -86,19 +95,22 @@ def chat(
             text_only=text_only,
             kv_bits=kv_bits,
             max_context=max_context,
+            adapters=adapters,
             force=force,
             quiet=quiet or hidden,
         )
 
     def make_session(engine: Engine) -> Session:
-        return engine.session(system=system, resume=resume)
+        return engine.session(system=system, resume=resume, adapter=next(iter(adapters), None))
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     at = Terminal(quiet=quiet) if terminal else None
     screen: Screen = at or Plain(quiet=quiet)
     hidden = not (terminal and must_be_fetched(model))
     loading = Loading(model, make_engine, make_session)
-    talk = ChatState(loading, screen, settings, system, session)
+    talk = ChatState(loading, screen, settings, system, session, next(iter(adapters), None))
+    if tools is not None:
+        talk.tools = Tools(tools, screen)
     for source in image or []:
         if source == "-":
             raise PromptError(

@@ -56,6 +56,9 @@ def convert(
         Path | None,
         typer.Option(help="A text file on which to compare the result with the source.", show_default=False),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The folder of an adapter, to be melted in.", show_default=False)
+    ] = None,
     upload: Annotated[
         str | None, typer.Option(help="Then upload it to this repository, owner/name.", show_default=False)
     ] = None,
@@ -67,7 +70,7 @@ def convert(
     from ..measure.evaluate import read_text
 
     if out is None:
-        out = Path(_name(source, bits=bits, mode=mode, preset=preset, dequantize=dequantize))
+        out = Path(_name(source, adapter=adapter, bits=bits, mode=mode, preset=preset, dequantize=dequantize))
     text = read_text(compare) if compare is not None else None
     if upload is not None:
         from ..convert.upload import check_repository
@@ -93,6 +96,7 @@ def convert(
             text_only=text_only,
             overwrite=overwrite,
             compare=text,
+            adapter=adapter,
             quiet=quiet or as_json,
             command=visible(shlex.join(["mlx-gemma3", *sys.argv[1:]])),
             progress=progress,
@@ -136,9 +140,13 @@ def _leaving_nothing() -> Iterator[None]:
 _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def _name(source: str, *, bits: int | None, mode: str, preset: str | None, dequantize: bool) -> str:
+def _name(
+    source: str, *, adapter: Path | None, bits: int | None, mode: str, preset: str | None, dequantize: bool
+) -> str:
     """The source's last name with what is done to it: gemma-3-4b-it-4bit."""
     stem = Path(source.rstrip("/")).name.removesuffix(".gguf").partition("@")[0]
+    if adapter is not None:
+        stem += f"-{adapter.resolve().name.removesuffix('.adapter')}"
     if dequantize:
         return f"{stem}-plain"
     if preset is not None or mode != "affine":

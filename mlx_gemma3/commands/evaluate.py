@@ -19,6 +19,12 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="The checkpoint to compare with, named likewise.", show_default=False)
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The folder of an adapter, for the model.", show_default=False)
+    ] = None,
+    against_adapter: Annotated[
+        Path | None, typer.Option(help="Another, for the checkpoint to compare with.", show_default=False)
+    ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(
@@ -55,6 +61,8 @@ def evaluate(
         model,
         text=words,
         against=against,
+        adapter=adapter,
+        against_adapter=against_adapter,
         images=[str(path) for path in image or []],
         window=window,
         max_tokens=max_tokens,

@@ -14,6 +14,7 @@ import typer
 
 from ..boundary.writing import check_writable
 from ..errors import OptionError, PromptError
+from .adapters import only
 from .answers import answering
 from .streams import WAIT, OutputLost, Piped
 from .terminal import Pace, Status, answer, emit, leave, print_notes, tell
@@ -56,6 +57,9 @@ def generate(
         Path | None,
         typer.Option(help="Go on with the conversation in this file, and keep it there.", show_default=False),
     ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="An adapter to answer with, as NAME=PATH or PATH.", show_default=False)
+    ] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     kv_bits: Annotated[int, typer.Option(help="Bits of cached keys and values: 16, 8 or 4.")] = 16,
@@ -71,6 +75,7 @@ def generate(
     """Answer a prompt, with any number of pictures, as it is written."""
     images: list[str | bytes] = list(image or [])
     _refuse_picture(prompt, given=bool(images))
+    adapters = only(adapter)
     message = _with_pictures(prompt or "", images, raw=raw)
     if images and text_only:
         raise OptionError("--image", got="--text-only as well", want="one or the other")
@@ -105,6 +110,7 @@ def generate(
         kv_bits=kv_bits,
         local_kv_bits=local_kv_bits,
         max_context=max_context,
+        adapters=adapters,
         force=force,
         quiet=quiet or as_json,
     ) as engine:
@@ -113,12 +119,13 @@ def generate(
         if prompt and piped is not None and (text := _read(piped, quiet=quiet)):
             message = _append(message, text)
         if session is None:
+            options |= {"adapter": next(iter(adapters), None)}
             options |= {"system": system, "raw": raw or None, "continue_final_message": prefill is not None}
             begun = message if prefill is None else _begun(message, len(images), prefill)
             stream = engine.stream(begun, images=images, **options)
         else:
             resume = session if session.exists() else None
-            talk = engine.session(system=system, resume=resume)
+            talk = engine.session(system=system, resume=resume, adapter=next(iter(adapters), None))
             stream = talk.send(message if isinstance(message, str) else message[0]["content"], images=images, **options)
         kept = None if session is None else lambda: talk.save(session, replace=False)
         first = prefill.strip() if prefill is not None and not as_json else ""  # as the template writes it

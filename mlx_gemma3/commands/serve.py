@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import OptionError
+from .adapters import named
 from .prompt_cache import Folder, Size, kept_in
 from .terminal import tell
 
@@ -17,6 +18,13 @@ def serve(
     models: Annotated[list[str], typer.Option("--model", "-m", help="Alias, folder, Hub id or .gguf; again for more.")],
     alias: Annotated[
         list[str] | None, typer.Option(help="NAME=MODEL: another name for one of the models.", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PATH: an adapter of the first model, which then is MODEL:NAME too; MODEL:NAME=PATH for another.",
+            show_default=False,
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8080,
@@ -67,6 +75,7 @@ def serve(
     }  # fmt: skip
     settings = Settings(
         models=tuple(models),
+        adapters=tuple(_adapter(text) for text in adapter or []),
         aliases=dict(_pair(text) for text in alias or []),
         host=host,
         port=port,
@@ -83,6 +92,14 @@ def serve(
         load=load,
     )
     raise typer.Exit(run(settings, tell))
+
+
+def _adapter(text: str) -> tuple[str, str, str]:
+    """(model, name, folder) of [MODEL:]NAME=PATH or PATH."""
+    before, equals, path = text.partition("=")
+    model, colon, name = before.rpartition(":")
+    ((name, path),) = named([f"{name}={path}" if equals and colon else text]).items()
+    return model if equals else "", name, path
 
 
 def _pair(text: str) -> tuple[str, str]:

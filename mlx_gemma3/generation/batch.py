@@ -2,12 +2,15 @@
 
 While the host looks at a token a GPU already works on the next: each forward pass is issued before the token before is
 read, and with it the choice, but for sequences whose constraint must see the token first.
+
+What a constraint forces is written at once, without a choice for each token, and is then read like a prompt: as one
+chunk, where it is longer than the sequences are many, which go on without it meanwhile; else token by token with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -25,9 +28,14 @@ class Row:
     caches: Caches
     chooser: Chooser
     left: int  # tokens that it may still write
-    _last: int = -1  # the token that was read last
-    _unread: tuple[Chosen, int] | None = None  # the one after it, chosen already, and its place in that choice
+    _unread: tuple[Chosen, int] | None = None  # the next token, chosen already, and its place in that choice
     _logits: mx.array | None = None  # (1, V) for the one after it, where the choice waits for the host
+    _behind: list[int] = field(default_factory=list)  # written, and not in the caches yet, nor on the way there
+
+    @property
+    def over(self) -> bool:
+        """Whether it writes no more."""
+        return not self.left or self.chooser.complete
 
 
 @dataclass(frozen=True)
@@ -46,33 +54,54 @@ class Batch:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.rows: list[Row] = []
+        self._begun: list[Written] = []  # what was forced at the beginning of answers
         self._steps = 0
 
     def join(self, row: Row, logits: mx.array) -> None:
         """Add a row that may write at least a token; the first comes from (1, V) float32 logits after its prompt."""
-        _choose([row], logits)
         self.rows.append(row)
+        if forced := row.chooser.forced(row.left):
+            row.chooser.look_up()
+            self._begun += _forced(row, forced)
+        else:
+            _choose([row], logits)
 
     def leave(self, row: Row) -> None:
-        """Take a row out. Its caches hold every token that it has written, but perhaps the last."""
+        """Take a row out. Its caches hold every token that it has written, but perhaps the last ones."""
         self.rows.remove(row)
+        self._begun = [one for one in self._begun if one.row is not row]
         row._unread = row._logits = None
 
     def next(self) -> list[Written]:
-        """One more token of every row. Afterwards each row with none `left` must be taken out."""
+        """More tokens, of each row in order: mostly one of every row. Then each row that is over must be taken out."""
         self._steps += 1
         if self._steps % STEPS_BETWEEN == 0:
             release()
-        if late := [row for row in self.rows if row._logits is not None]:
+        written, self._begun = self._begun, []
+        rows = [row for row in self.rows if not row.over]
+        if late := [row for row in rows if row._logits is not None]:
             _choose(late, _stacked([row._logits for row in late if row._logits is not None]))
-        if behind := [row for row in self.rows if row._unread is None]:
-            _choose(behind, self._forward(behind, mx.array([row._last for row in behind])))
-        reading = [(row, row._unread) for row in self.rows]
-        for row in self.rows:
-            row._unread = row._logits = None
+        self._catch_up([row for row in rows if row._behind])
+        reading = [(row, row._unread) for row in rows if row._unread is not None]
+        for row, _ in reading:
+            row._unread = None
         if self.runner.ahead:
-            self._issue([(row, unread) for row, unread in reading if row.left > 1 and unread is not None])
-        return [_read(row, *unread) for row, unread in reading if unread is not None]
+            self._issue([(row, unread) for row, unread in reading if row.left > 1])
+        return written + [one for row, unread in reading for one in _read(row, *unread)]
+
+    def _catch_up(self, rows: list[Row]) -> None:
+        """Read what they wrote: a token of each, or of a row all that was forced."""
+        for row in [row for row in rows if len(row._behind) > len(self.rows)]:
+            hidden = self.runner.read([row._behind], None, row.caches, last_only=True, spans=())
+            row._behind = []
+            _choose([row], self.runner.head(hidden)[:, 0])
+        if stepping := [row for row in rows if row._behind]:
+            logits = self._forward(stepping, mx.array([row._behind.pop(0) for row in stepping]))
+            level = [at for at, row in enumerate(stepping) if not row._behind]  # the others have more to read
+            if len(level) == len(stepping):
+                _choose(stepping, logits)
+            elif level:
+                _choose([stepping[at] for at in level], _stacked([logits[at : at + 1] for at in level]))
 
     def _issue(self, going: list[tuple[Row, tuple[Chosen, int]]]) -> None:
         """The next forward pass, from tokens that need not be computed yet, and every choice that need not wait."""
@@ -107,15 +136,30 @@ def _choose(rows: Sequence[Row], logits: mx.array) -> None:
         row._unread, row._logits = (chosen, place), None
 
 
-def _read(row: Row, chosen: Chosen, place: int) -> Written:
-    """Wait for the token; the constraint looks at it while the device computes the pass after it."""
+def _read(row: Row, chosen: Chosen, place: int) -> list[Written]:
+    """Wait for the token; the constraint looks at it while the device computes the pass after it.
+
+    Returns:
+        it, and what the constraint forces to follow.
+    """
     token = int(chosen.read()[place])
-    row._last, row.left = token, row.left - 1
+    row.left -= 1
+    if row._unread is None and row._logits is None:  # it is not on its way into the caches
+        row._behind.append(token)
     try:
-        row.chooser.accept(token)
+        forced = row.chooser.accept(token, row.left)
     except Exception as error:  # of the caller's code: it ends this row alone
-        return Written(row, token, error=error)
-    return Written(row, token, chosen.likelihood(place))
+        return [Written(row, token, error=error)]
+    return [Written(row, token, chosen.likelihood(place)), *_forced(row, forced)]
+
+
+def _forced(row: Row, tokens: list[int]) -> list[Written]:
+    """Tokens that were written without a choice; logits for another one in their place are dropped."""
+    if tokens:
+        row._logits = None
+        row._behind += tokens
+        row.left -= len(tokens)
+    return [Written(row, token) for token in tokens]
 
 
 def _stacked(parts: list[mx.array]) -> mx.array:
@@ -146,5 +190,5 @@ def decode(
     batch, row = Batch(runner), Row(caches, Chooser(sampling, prompt), left)
     batch.join(row, logits)
     while row.left:
-        (written,) = batch.next()
-        yield written.token
+        for written in batch.next():
+            yield written.token

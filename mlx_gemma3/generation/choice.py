@@ -11,24 +11,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from ..model.runner import Runner
+from .constraint import Constraint
 from .sampling import Sampling, penalise, sample, top_candidates
-
-
-class Constraint(Protocol):
-    """What an answer may consist of, asked token by token. Runs on the host; what it raises ends this answer alone."""
-
-    def allowed(self) -> NDArray[np.uint32] | None:
-        """(ceil(V / 32),): bit i of word w stands for token 32 w + i, set where it may come next; None for all."""
-
-    def accept(self, token: int) -> None:
-        """This token was chosen."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +68,7 @@ class Chooser:
         self._counts: mx.array | None = None  # (1, V) float32, of the answer
         self._bias: mx.array | None = None  # (1, V) float32
         self._allowed: NDArray[np.uint32] | None = None
+        self._early: list[int] = []  # of the answer, forced before there were such arrays
         self._counts_needed = bool(sampling.presence_penalty or sampling.frequency_penalty)
         self.adjusts = (
             sampling.repetition_penalty != 1
@@ -89,14 +80,35 @@ class Chooser:
 
     def look_up(self) -> None:
         """Ask the constraint what may come next."""
-        if self.constraint is not None:
+        if self.constraint is not None and not self.complete:
             self._allowed = self.constraint.allowed()
 
-    def accept(self, token: int) -> None:
-        """The token is known on the host."""
-        if self.constraint is not None:
+    @property
+    def complete(self) -> bool:
+        """Whether the constraint lets nothing follow."""
+        return self.constraint is not None and self.constraint.complete
+
+    def accept(self, token: int, most: int = 0) -> list[int]:
+        """The token is known on the host. Returns those that are forced to follow it, at most so many: accepted."""
+        if self.constraint is None:
+            return []
+        self.constraint.accept(token)
+        forced = self.forced(most)
+        self.look_up()
+        return forced
+
+    def forced(self, most: int) -> list[int]:
+        """Tokens that come next without a choice, accepted; none where the likelihood of each is asked for."""
+        if self.constraint is None or self.sampling.logprobs is not None or most < 1 or self.complete:
+            return []
+        found = list(self.constraint.forced())[:most]
+        for token in found:
             self.constraint.accept(token)
-            self.look_up()
+        if found and self._seen is None and self._counts is None:
+            self._early += found
+        elif found:
+            self.chose(mx.array(found))
+        return found
 
     def key(self) -> mx.array:
         """A new one for each token."""
@@ -110,12 +122,14 @@ class Chooser:
         if sampling.repetition_penalty != 1:
             if self._seen is None:
                 self._seen = mx.zeros(logits.shape, dtype=mx.bool_)
-                if self._prompt:
-                    self._seen[:, mx.array(sorted(set(self._prompt)))] = True
+                if before := {*self._prompt, *self._early}:
+                    self._seen[:, mx.array(sorted(before))] = True
             logits = penalise(logits, self._seen, sampling.repetition_penalty)
         if self._counts_needed:
             if self._counts is None:
                 self._counts = mx.zeros(logits.shape)
+                if self._early:
+                    self._counts = self._counts.at[:, mx.array(self._early)].add(1)
             logits = logits - sampling.frequency_penalty * self._counts
             logits = logits - sampling.presence_penalty * (self._counts > 0)
         if sampling.logit_bias:
@@ -125,13 +139,13 @@ class Chooser:
                 self._bias[:, ids] = mx.array([float(bias) for bias in sampling.logit_bias.values()])
             logits = logits + self._bias
         if self._allowed is not None:
-            logits = mx.where(unpacked(mx.array(self._allowed), logits.shape[-1]), logits, -mx.inf)
+            logits = mx.where(unpacked(self._allowed, logits.shape[-1]), logits, -mx.inf)
         return logits
 
     def chose(self, token: mx.array) -> None:
-        """(1,): what was chosen, perhaps not computed yet."""
+        """(n,): what was chosen, perhaps not computed yet, or forced."""
         if self._seen is not None:
-            self._seen = mx.put_along_axis(self._seen, token[:, None], mx.array(True), axis=-1)
+            self._seen = mx.put_along_axis(self._seen, token[None], mx.array(True), axis=-1)
         if self._counts is not None:
             self._counts = self._counts.at[:, token].add(1)
 
@@ -213,7 +227,7 @@ def _on_host(one: tuple[mx.array, mx.array, mx.array]) -> list[Likelihood]:
     return [Likelihood(first[0], top) for first, top in zip(chosen, tops, strict=True)]
 
 
-def unpacked(words: mx.array, count: int) -> mx.array:
-    """(ceil(count / 32),) uint32 as (1, count) bool, the lowest bit of each word first."""
-    bits = (words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    return bits.flatten()[None, :count].astype(mx.bool_)
+def unpacked(words: NDArray[np.uint32], count: int) -> mx.array:
+    """(ceil(count / 32),) as (1, count) bool, the lowest bit of each word first."""
+    bits = np.unpackbits(words.astype("<u4").view(np.uint8), bitorder="little", count=count)
+    return mx.array(bits.view(np.bool_))[None]

@@ -12,7 +12,6 @@ vocabulary can be compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,71 +19,27 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.load import Checkpoint, load_model, open_checkpoint
-from ..checkpoint.source import resolve
+from ..checkpoint.load import Checkpoint
 from ..errors import OptionError, PromptError, TokenizerError
 from ..generation.prefill import prefill, prefill_chunks
-from ..model.runner import Runner, on_device
 from ..prompt.processor import Processor, Prompt
-from ..prompt.tokenizer import Tokenizer
 from ..prompt.vocabulary import END_OF_TURN, START_OF_IMAGE
+from .opened import MIN_TOKENS, Opened, check_vocabularies, open_model, read_text, text_ids, with_adapter
 from .scores import Distance, Evaluation, Scores
 from .vectors import compared
 
 if TYPE_CHECKING:
     from ..prompt.processor import Picture
 
-__all__ = ["Evaluation", "Opened", "evaluate", "open_model", "read_text"]
+__all__ = ["Evaluation", "Opened", "evaluate", "open_model", "read_text", "text_ids"]
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much (0, 0: not counted)
 
 CHUNK = 512  # tokens read at once: attention's scores over a whole window would be real memory
 SLICE = 1 << 24  # logits of one model at once: 64 tokens of Gemma 3's vocabulary, 64 MiB
-MIN_TOKENS = 16  # fewer say nothing
 ANSWER_TOKENS = 32  # of the reference's greedy answer about each picture
 QUESTION = "Describe this picture."
 OPENING = "This picture shows"  # for checkpoints that complete and do not answer
-
-
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A checkpoint in memory: what `evaluate` reads, once for several comparisons."""
-
-    name: str
-    runner: Runner
-    tokenizer: Tokenizer
-    instruct: bool  # asked about pictures in a chat; else it completes a text
-    notes: tuple[str, ...] = ()  # of the checkpoint
-
-
-def open_model(source: str | Path | Checkpoint, *, dtype: str = "auto", text_only: bool = True) -> Opened:
-    """Load a checkpoint for `evaluate`. Arguments and errors are those of `load_model`; not a download bar."""
-    if not isinstance(source, Checkpoint):
-        source = open_checkpoint(resolve(source, text_only=text_only, quiet=True), text_only=text_only)
-    model = load_model(source, dtype=dtype, text_only=text_only)
-    return Opened(source.name, on_device(model), source.tokenizer(), source.instruct, source.notes)
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        PromptError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise PromptError(f"{path}", got=error.strerror or error, want="a readable text file") from None
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}", got=f"bytes that are not UTF-8 at {error.start}", want="a text file") from None
-
-
-def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, names of control tokens as plain characters. Raises PromptError where they are too few."""
-    ids = tokenizer.encode(text, special=False)
-    if len(ids) < MIN_TOKENS:
-        raise PromptError("text", got=f"{len(ids)} tokens", want=f"at least {MIN_TOKENS}")
-    return ids
 
 
 def evaluate(
@@ -92,6 +47,8 @@ def evaluate(
     *,
     text: str = "",
     against: str | Path | Checkpoint | Opened | None = None,
+    adapter: str | Path | None = None,
+    against_adapter: str | Path | None = None,
     images: Sequence[Picture] = (),
     window: int = 2048,
     max_tokens: int | None = None,
@@ -111,7 +68,8 @@ def evaluate(
     Args:
         model: alias, folder, Hub id, .gguf, or what `open_model` returned.
         text: may be left out where there are pictures.
-        against: the reference; the divergence is KL(against || model).
+        against: the reference; the divergence is KL(against || model). The same name as `model` is loaded once.
+        adapter, against_adapter: folders of adapters, for the model and for the reference.
         images: paths, bytes of files or Pillow images; they need `against`.
         window: tokens that are read together, without any of the text before; at most the models' positions.
         max_tokens: only the text's first ones.
@@ -137,17 +95,23 @@ def evaluate(
         raise OptionError("pictures", got=f"{len(images)} and text_only", want="one or the other")
     if not text and not images:
         raise PromptError("text", got="nothing", want="a text, or pictures", do="give a file with --text")
-    subjects = []
-    for source in (model,) if against is None else (model, against):
-        if not isinstance(source, Opened):
+    if against is None and against_adapter is not None:
+        raise OptionError("against_adapter", got=against_adapter, want="another checkpoint as well (against)")
+    subjects: list[Opened] = []
+    plain: Opened | None = None
+    for source, own in ((model, adapter),) if against is None else ((model, adapter), (against, against_adapter)):
+        if isinstance(source, Opened):
+            plain = source
+        elif plain is None or source != model:
             tell(f"loading {source.name if isinstance(source, Checkpoint) else source}", 0, 0)
-            source = open_model(source, dtype=dtype, text_only=not images)
-        subjects.append(source)
+            plain = open_model(source, dtype=dtype, text_only=not images)
+        assert plain is not None
+        subjects.append(plain if own is None else with_adapter(plain, own, text_only=not images))
     if any(subject.runner.config.embedder is not None for subject in subjects):
         return _of_embedders(subjects, text, images, tell)
     size = min(subject.runner.config.text.vocab_size for subject in subjects)
     if against is not None:
-        _check_vocabularies(*subjects)
+        check_vocabularies(*subjects)
     window = min(window, *(subject.runner.config.text.max_position_embeddings for subject in subjects))
     return Evaluation(
         model=subjects[0].name,
@@ -176,24 +140,6 @@ def _of_embedders(subjects: Sequence[Opened], text: str, images: Sequence[Pictur
         vectors=compared(model, reference, text, lambda done, total: tell("texts", done, total)),
         notes=tuple(note for subject in subjects for note in subject.notes),
     )
-
-
-def _check_vocabularies(one: Opened, other: Opened) -> None:
-    """Refuse two vocabularies that say different things with the same ids.
-
-    One may have control tokens more at its end: GGUF files lack <image_soft_token>.
-    """
-    short, long = sorted((one, other), key=lambda subject: subject.tokenizer.vocab_size)
-    for token in range(long.tokenizer.vocab_size):
-        piece, same = long.tokenizer.piece(token), short.tokenizer.piece(token)
-        extra = token >= short.tokenizer.vocab_size and token in long.tokenizer.special_ids
-        if piece != same and not extra:
-            raise TokenizerError(
-                f"vocabularies of {long.name} and {short.name}",
-                got=f"{piece!r} and {same!r} for id {token}",
-                want="the same",
-                do="only checkpoints with one vocabulary can be compared",
-            )
 
 
 def _on_text(
@@ -254,8 +200,8 @@ def _greedy(subject: Opened, prompt: Prompt) -> list[int]:
     """The greedy answer, the token that ends it included."""
     runner, answer = subject.runner, list[int]()
     ends = {*runner.config.eos_token_ids, *([subject.tokenizer.id(END_OF_TURN)] if subject.instruct else [])}
-    caches = runner.make_caches()
-    features = list(runner.encode_images(prompt.pixels)) if prompt.pixels is not None else []
+    caches = runner.make_caches(adapter=subject.adapter)
+    features = list(runner.encode_images(prompt.pixels, subject.adapter)) if prompt.pixels is not None else []
     logits = prefill(runner, prompt.tokens, caches, features=features, spans=prompt.spans)
     while len(answer) < ANSWER_TOKENS:
         token = mx.argmax(logits, axis=-1).astype(mx.int32)
@@ -271,6 +217,7 @@ class _Tally:
 
     def __init__(self, subjects: Sequence[Opened], size: int, tell: Callable[[int], None] | None = None) -> None:
         self.runners = [subject.runner for subject in subjects]
+        self.adapters = [subject.adapter for subject in subjects]
         self.size = size  # ids that both models have; a few without a piece may follow in one of them
         self.tell = tell or (lambda done: None)
         self.parts: list[list[NDArray[Any]]] = []  # a slice: loss; against a reference also loss, divergence, …
@@ -292,9 +239,10 @@ class _Tally:
             pixels: (N, S, S, 3), the pictures of the image tokens `spans`.
         """
         ids = np.array([tokens], dtype=np.int32)
-        caches = [runner.make_caches() for runner in self.runners]
+        each = list(zip(self.runners, self.adapters, strict=True))
+        caches = [runner.make_caches(adapter=adapter) for runner, adapter in each]
         features = [
-            runner.encode_images(pixels) if pixels is not None else None for runner in self.runners
+            runner.encode_images(pixels, adapter) if pixels is not None else None for runner, adapter in each
         ]  # (N, T, D)
         for begin, end in prefill_chunks(len(tokens), spans, CHUNK):
             inside = [n for n, (start, stop) in enumerate(spans) if begin <= start and stop <= end]

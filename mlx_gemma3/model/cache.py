@@ -199,6 +199,7 @@ class Caches:
             for layer in range(text.num_hidden_layers)
         ]
         self.padding = check_padding(padding)
+        self.adapter: str | None = None  # what keys and values are computed with: its name in the runner
         self.ends_in_image = False  # the last token read was an image token: its block may not go on in a later call
         self.snapshots: list[Snapshot] = []  # by position
         self.unsettled: mx.array | None = None  # what a chunk that is being computed ends in: generation/prefill.py
@@ -232,7 +233,7 @@ class Caches:
             twin: Any = WindowCache(layer.window, layer.bits) if layer.window is not None else GlobalCache(layer.bits)
             twin.take(layer.offset, layer.filled, layer.hold())
             other.layers.append(twin)
-        other.padding, other.ends_in_image = self.padding, self.ends_in_image
+        other.padding, other.adapter, other.ends_in_image = self.padding, self.adapter, self.ends_in_image
         other.snapshots, other.unsettled = list(self.snapshots), self.unsettled
         return other
 

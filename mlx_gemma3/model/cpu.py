@@ -62,7 +62,7 @@ def kernels(*, unpack: bool = False) -> Kernels:
     Args:
         unpack: keep packed matrices as float32 once they were needed, beside the packed ones.
     """
-    return Kernels(partial(matrix, unpack=unpack), multiply, attend, geglu, norm, add, ahead=False)
+    return Kernels(partial(matrix, unpack=unpack), multiply, attend, geglu, norm, add, add_product, ahead=False)
 
 
 def unpacked_bytes(model: nn.Module) -> int:
@@ -233,6 +233,11 @@ def add(x: mx.array, y: mx.array) -> mx.array:
     """x + y, of one shape and dtype."""
     left, right = floats(x), floats(y)
     return written(left.shape, lambda out: np.add(left, right, out=out)).astype(x.dtype)
+
+
+def add_product(y: mx.array, x: mx.array, matrix: Multiply) -> mx.array:
+    """y (…, out) + x (…, in) times a matrix."""
+    return add(y, multiply(x, matrix))
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:

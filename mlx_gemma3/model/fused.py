@@ -7,7 +7,8 @@
 
 Matrices that read the same rows are one matrix, as far as they are packed alike; queries and keys are normed and
 rotated together; a norm's gain 1 + w is stored. On a GPU GeGLU is one kernel, and for one token a row what happens
-before and after attention is a compiled graph, the same for all layers: their weights are its inputs. In float32 the
+before and after attention is a compiled graph, the same for all layers: their weights are its inputs. An adapter's
+matrices stand beside them (adapter_terms.py); without one nothing is computed for it. In float32 the
 numbers are those of text.py; in bfloat16 a gain is rounded once more, since Metal's norm takes rows and gain of one
 type.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .adapter_terms import Term, Terms, adapted_by, add_product
 from .attention import attend
 from .context import Context
 from .layers import RMSNorm, rotate
@@ -45,6 +47,7 @@ class Kernels:
     geglu: Callable[[mx.array, mx.array], mx.array]  # gelu_tanh(gate) * up
     norm: Callable[[mx.array, mx.array | None, float], mx.array]  # mx.fast.rms_norm
     add: Callable[[mx.array, mx.array], mx.array] = operator.add
+    add_product: Callable[[mx.array, mx.array, Matrix], mx.array] = add_product  # y + what `multiply` gives
     compile: Callable[[Function], Function] = lambda function: function  # of arrays and constants
     ahead: bool = True  # it computes while the host goes on, so that the next step can be issued early
 
@@ -70,16 +73,26 @@ class FusedDecoder:
         self.parts = LayerFunctions(kernels, text.layers[0].self_attn, self.eps)
         self.before, self.after = kernels.compile(self.parts.before), kernels.compile(self.parts.after)
 
-    def __call__(self, x: mx.array, context: Context, *, last_only: bool = False) -> mx.array:
-        """See TextModel. With `last_only` the last layer reads all rows into its cache, and goes on with one."""
+    def __call__(
+        self, x: mx.array, context: Context, *, last_only: bool = False, adapted: Terms | None = None
+    ) -> mx.array:
+        """See TextModel. With `last_only` the last layer reads all rows into its cache, and goes on with one.
+
+        Args:
+            adapted: what the sequences have beside the matrices; None without adapters.
+        """
         # A graph is compiled for each shape, and prompts have many.
         single = x.shape[1] == 1
         before, after = (self.before, self.after) if single else (self.parts.before, self.parts.after)
-        for layer in self.layers:
-            q, k, v = before(x, context.positions, *layer.before)
+        more: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
+        for number, layer in enumerate(self.layers):
+            if adapted is not None:
+                terms = adapted.layers[number]
+                more = ((terms[0], adapted.slots), (terms[1], adapted.slots))
+            q, k, v = before(x, context.positions, *layer.before, *more[0])
             if last_only and layer is self.layers[-1]:
                 q, x = q[:, :, -1:], x[:, -1:]
-            x = after(x, context.attend(q, k, v, layer.rule, self.kernels.attend), *layer.after)
+            x = after(x, context.attend(q, k, v, layer.rule, self.kernels.attend), *layer.after, *more[1])
         return self.kernels.norm(x, self.gain, self.eps)
 
 
@@ -123,10 +136,17 @@ class LayerFunctions:
         qkv: Matrices,
         qk_gains: mx.array,
         wavelengths: mx.array,
+        terms: tuple[Term | None, ...] = (None,),
+        slots: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """x (B, L, D) → queries (B, H, L, D'), keys and values (B, K, L, D')"""
+        """x (B, L, D) → queries (B, H, L, D'), keys and values (B, K, L, D')
+
+        Args:
+            terms: of adapters, beside q|k|v.
+            slots: see adapter_terms.Terms.
+        """
         norm, (batch, length, _) = self.kernels.norm, x.shape
-        rows = self._multiply(norm(x, gain, self.eps), qkv)
+        rows = self._multiply(norm(x, gain, self.eps), qkv, terms[0], slots)
         if length == 1:  # nothing to turn round
             heads = rows.reshape(batch, -1, 1, self.size)
         else:
@@ -145,17 +165,28 @@ class LayerFunctions:
         gate_up: Matrices,
         down: Matrix,
         after_mlp: mx.array,
+        terms: tuple[Term | None, ...] = (None, None, None),
+        slots: mx.array | None = None,
     ) -> mx.array:
-        """x (B, L, D) and what its queries found (B, H, L, D') → (B, L, D)"""
+        """x (B, L, D) and what its queries found (B, H, L, D') → (B, L, D)
+
+        Args:
+            terms: of adapters, beside o, gate|up and down.
+            slots: see adapter_terms.Terms.
+        """
         kernels, eps, (batch, length, _) = self.kernels, self.eps, x.shape
         found = (attended if length == 1 else attended.transpose(0, 2, 1, 3)).reshape(batch, length, -1)
-        x = kernels.add(x, kernels.norm(kernels.multiply(found, o), after_attention, eps))
-        gate, up = mx.split(self._multiply(kernels.norm(x, before_mlp, eps), gate_up), 2, axis=-1)
-        return kernels.add(x, kernels.norm(kernels.multiply(kernels.geglu(gate, up), down), after_mlp, eps))
+        x = kernels.add(x, kernels.norm(self._multiply(found, [o], terms[0], slots), after_attention, eps))
+        both = self._multiply(kernels.norm(x, before_mlp, eps), gate_up, terms[1], slots)
+        gate, up = mx.split(both, 2, axis=-1)
+        inner = kernels.geglu(gate, up)
+        return kernels.add(x, kernels.norm(self._multiply(inner, [down], terms[2], slots), after_mlp, eps))
 
-    def _multiply(self, x: mx.array, matrices: Matrices) -> mx.array:
+    def _multiply(self, x: mx.array, matrices: Matrices, term: Term | None, slots: mx.array | None) -> mx.array:
         parts = [self.kernels.multiply(x, matrix) for matrix in matrices]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        kernels = self.kernels
+        return y if term is None else adapted_by(y, x, term, slots, kernels.multiply, kernels.add_product)
 
 
 def joined(modules: Sequence[nn.Module], matrix: Callable[[nn.Module], Matrix]) -> Matrices:

@@ -13,9 +13,11 @@ import mlx.nn as nn
 import numpy as np
 
 from . import cpu, embedder
+from .adapter import Adapter
+from .adapter_terms import AdapterTerms, adapted_tower
 from .cache import Caches
 from .chunks import UNFUSED
-from .context import Chunk, Step, Texts
+from .context import Chunk, Context, Step, Texts
 from .device import fused_from, unfused_tokens
 from .fused import FusedDecoder, Kernels, Matrix, gpu_kernels, gpu_tower
 from .gemma3 import Gemma3, check_writes
@@ -47,9 +49,10 @@ class Runner:
         self.unfused_chunk = UNFUSED  # tokens to read at once where attention is not fused
         self.fused_from = 0  # queries from which heads of 256 are; 0: never
         self._kernels, self._tower = kernels, tower
-        self._decoder = (
-            model.language_model if kernels is None else FusedDecoder(model.language_model, kernels, between)
-        )
+        self._adapters: AdapterTerms | None = None
+        self._towers: dict[str, TowerKernels] = {}  # of adapters that do something to the tower
+        self._fused = None if kernels is None else FusedDecoder(model.language_model, kernels, between)
+        self._decoder = self._fused or model.language_model
         self._head: Matrix = None
         # load_model(late_embedding=True): widening it is worth its time when a second token is asked for, not before.
         self._widen_at_step = False
@@ -63,10 +66,38 @@ class Runner:
             self._widen_at_step = tied and isinstance(embedding, nn.Embedding) and embedding.weight.dtype != self.dtype
             mx.eval(model.parameters())
 
-    def make_caches(self, *, kv_bits: int = 16, local_kv_bits: int = 16) -> Caches:
-        """Empty caches for one sequence; see Gemma3.make_caches. Raises PromptError for an embedding model."""
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Let sequences be computed with an adapter: those whose caches are made with its name.
+
+        Args:
+            adapter: all its matrices are of this model, in its shapes; evaluated here.
+        """
+        assert self._kernels is not None, "plain modules have adapters by adapter.attach"
+        if self._adapters is None:
+            self._adapters = AdapterTerms(self.model.language_model, self._kernels.matrix, self.dtype)
+        self._adapters.add(name, adapter)
+        if self.config.vision is not None:
+            tower = adapted_tower(self.model.vision_tower, self._tower, adapter, self.dtype)
+            if tower is not None:
+                self._towers[name] = tower
+
+    def sees_with(self, adapter: str | None) -> str | None:
+        """The adapter itself where it does something to the tower, else None: what a picture's rows depend on."""
+        return adapter if adapter in self._towers else None
+
+    def make_caches(self, *, kv_bits: int = 16, local_kv_bits: int = 16, adapter: str | None = None) -> Caches:
+        """Empty caches for one sequence; see Gemma3.make_caches.
+
+        Args:
+            adapter: what everything that is read into them is computed with; None for the model alone.
+
+        Raises:
+            PromptError: an embedding model.
+        """
         check_writes(self.config)
-        return self.model.make_caches(kv_bits=kv_bits, local_kv_bits=local_kv_bits)
+        caches = self.model.make_caches(kv_bits=kv_bits, local_kv_bits=local_kv_bits)
+        caches.adapter = adapter
+        return caches
 
     def read(
         self,
@@ -87,7 +118,8 @@ class Runner:
         """
         assert caches is None or caches.padding is None, _PADDED
         rows, blocks = self.model.embed(tokens, features, caches, spans)
-        return self._decoder(rows, Chunk(rows.shape[1], caches, blocks), last_only=last_only)
+        names = [] if caches is None else [caches.adapter]
+        return self._decode(rows, Chunk(rows.shape[1], caches, blocks), names, last_only=last_only)
 
     def step(self, tokens: mx.array, rows: Sequence[Caches]) -> mx.array:
         """One decoded token of each sequence: (B,) int32 → (B, V) float32. Never reads the tokens on the host.
@@ -107,7 +139,16 @@ class Runner:
             assert caches.padding is None, _PADDED
             caches.ends_in_image = False
         hidden = self.model.language_model.embed(tokens[:, None])
-        return self.head(self._decoder(hidden, Step(rows)))[:, 0]
+        return self.head(self._decode(hidden, Step(rows), [caches.adapter for caches in rows]))[:, 0]
+
+    def _decode(
+        self, rows: mx.array, context: Context, names: Sequence[str | None], *, last_only: bool = False
+    ) -> mx.array:
+        if self._adapters is None or not any(names):
+            assert not any(names), names
+            return self._decoder(rows, context, last_only=last_only)
+        assert self._fused is not None
+        return self._fused(rows, context, last_only=last_only, adapted=self._adapters.of(names))
 
     def head(self, hidden: mx.array) -> mx.array:
         """(B, L, D) → (B, L, V) float32."""
@@ -131,9 +172,10 @@ class Runner:
             means, config, self.model.get("dense", []), lambda number, x: multiply(x, self._dense[number])
         )
 
-    def encode_images(self, pixels: mx.array | np.ndarray) -> mx.array:
-        """(N, S, S, 3) float32 in [-1, 1] → (N, T, D)."""
-        return self.model.encode_images(pixels, self._tower)
+    def encode_images(self, pixels: mx.array | np.ndarray, adapter: str | None = None) -> mx.array:
+        """(N, S, S, 3) float32 in [-1, 1] → (N, T, D), by the tower as this adapter has it."""
+        tower = self._tower if adapter is None else self._towers.get(adapter, self._tower)
+        return self.model.encode_images(pixels, tower)
 
 
 def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runner:

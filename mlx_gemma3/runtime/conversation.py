@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PromptError
+from ..prompt import tools
 from ..prompt.messages import items
 from .timeline import Timeline, Tokens
 
@@ -44,13 +45,21 @@ class Conversation:
     pixels: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # (S, S, 3) of those not yet encoded
     versions: set[str] = field(default_factory=set)  # digests of the files that it was read from or written to
     places: set[Path] = field(default_factory=set)  # where these were
+    declared: list[dict[str, Any]] = field(default_factory=list)  # the tools that the model was told of
 
-    def question(self, said: Any, images: int) -> list[dict[str, Any]]:
-        """The messages of the user's next turn: words, or content items with the places of its pictures.
+    def question(self, said: Any, images: int, declarations: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+        """The messages of the user's next turn: words, or content items with the places of its pictures; or what tools
+        found. Tools that the model was not told of stand before it.
 
         Raises:
             PromptError: whole messages.
         """
+        if (
+            not isinstance(said, str)
+            and said
+            and all(isinstance(one, dict) and one.get("role") == "tool" for one in said)
+        ):
+            said = tools.plain(said)[0]["content"]
         if not isinstance(said, str) and any(isinstance(item, dict) and "role" in item for item in said):
             raise PromptError("turn", got="messages", want="words or content items", do="it knows the turns before")
         words = items(said, "turn")
@@ -58,6 +67,9 @@ class Conversation:
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if self.system is not None and not self.exchanges:
             messages.insert(0, {"role": "system", "content": self.system})
+        if declarations and list(declarations) != self.declared:
+            self.declared = list(declarations)
+            return tools.with_tools(messages, declarations)
         return messages
 
     def ask(self, said: Any, asked: Tokens, images: int, pixels: Mapping[str, NDArray[np.float32]]) -> None:
@@ -66,7 +78,7 @@ class Conversation:
         Args:
             pixels: (S, S, 3) of its pictures by digest.
         """
-        text = "".join(item.get("text", "") for item in items(said, "turn"))
+        text = "".join(item.get("text", "") for item in items(_results(said), "turn"))
         if self.exchanges:  # the turn before ends with a newline, and <bos> was said once
             moved = tuple((start - 1, stop - 1) for start, stop in asked.spans)
             asked = Tokens(self.newline) + Tokens(asked.ids[1:], moved, asked.digests)
@@ -75,7 +87,8 @@ class Conversation:
 
     def prompt(self) -> Tokens:
         """Everything up to the model's turn that comes next."""
-        tokens = Tokens(())
+        identity = self.timeline.identity
+        tokens = Tokens((), adapter=None if identity is None else identity.adapter)
         for exchange in self.exchanges:
             tokens += exchange.asked
             if exchange.said is not None:
@@ -125,3 +138,10 @@ class Conversation:
             if exchange.said is not None:
                 out.append({"role": "assistant", "content": exchange.reply})
         return out
+
+
+def _results(said: Any) -> Any:
+    """Messages of what tools found as the content of one turn; anything else as it is."""
+    if isinstance(said, list) and said and all(isinstance(one, dict) and one.get("role") == "tool" for one in said):
+        return tools.plain(said)[0]["content"]
+    return said

@@ -7,7 +7,7 @@ MLX's lazy arrays belong to the thread that made them: the model is loaded and r
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from .loaded import About, EngineOptions
 from .options import Options, OptionValues
 from .prompts import processed, said
 from .request import Request
+from .running import Asks, run
 from .scheduler import Scheduler
 from .stream import AsyncStream, Messages, Picture, Piece, Reply, Stream
 from .thread import EngineThread
@@ -45,6 +46,7 @@ class LoadOptions(TypedDict, total=False):
     max_context: int | None
     parallel: int
     queue: int
+    adapters: Mapping[str, str | Path] | None
     prompt_cache: str | Path | None
     prompt_cache_bytes: int
     force: bool
@@ -64,6 +66,7 @@ class Engine:
         max_context: most tokens of a prompt and its answer; None for all that the model has positions for.
         parallel: most answers that are written at once; others wait in order, as they do where memory does not last.
         queue: most that wait.
+        adapters: folders of LoRA adapters (PEFT's, mlx-lm's, mlx-vlm's) by the names that answers ask for them by.
         prompt_cache: a folder for prompts that leave memory, made where there is none: each is read once, and found
             again after a restart. It may be shared with other programs and models. None: they are forgotten.
         prompt_cache_bytes: of all files in it; those not used for longest are deleted first.
@@ -78,8 +81,8 @@ class Engine:
 
     @takes(
         source="path", dtype="text", text_only="switch", kv_bits="whole", local_kv_bits="whole", max_context="whole",
-        parallel="whole", queue="whole", prompt_cache="path", prompt_cache_bytes="whole", force="switch",
-        quiet="switch", wait="switch",
+        parallel="whole", queue="whole", adapters="paths", prompt_cache="path", prompt_cache_bytes="whole",
+        force="switch", quiet="switch", wait="switch",
     )  # fmt: skip
     def __init__(
         self,
@@ -92,6 +95,7 @@ class Engine:
         max_context: int | None = None,
         parallel: int = 8,
         queue: int = 256,
+        adapters: Mapping[str, str | Path] | None = None,
         prompt_cache: str | Path | None = None,
         prompt_cache_bytes: int = 20 * 10**9,
         force: bool = False,
@@ -114,6 +118,7 @@ class Engine:
             max_context=max_context,
             parallel=parallel,
             queue=queue,
+            adapters=adapters or {},
             prompt_cache=prompt_cache,
             prompt_cache_bytes=prompt_cache_bytes,
             force=force,
@@ -238,6 +243,31 @@ class Engine:
             for stream in streams:
                 stream.close()
 
+    @takes(limit="whole")
+    def run(
+        self,
+        prompt: str | Messages,
+        *,
+        images: Pictures = (),
+        limit: int = 8,
+        asks: Asks | None = None,
+        **options: Unpack[OptionValues],
+    ) -> Reply:
+        """As `generate`, and run the functions that the model asks for, until it answers in words.
+
+        `tools` are functions with types for their arguments; a docstring says what one does. What one raises is told
+        to the model.
+
+        Args:
+            limit: most answers; the last one's calls are not run any more, and stand in the reply.
+            asks: called with a function's name and arguments before it runs; False forbids it.
+
+        Raises:
+            OptionError: a tool that is no function, or has an argument that JSON has nothing for.
+            Gemma3Error: whatever went wrong.
+        """
+        return run(self.generate, prompt, limit=limit, asks=asks, options={**options, "images": images})
+
     @takes(kind="text", dimensions="whole", normalize="switch", truncate="switch")
     def embed(
         self,
@@ -291,28 +321,32 @@ class Engine:
             self._thread.embed(request)
         return request
 
-    @takes(system="text", resume="path")
-    def session(self, *, system: str | None = None, resume: str | Path | None = None) -> Session:
+    @takes(system="text", resume="path", adapter="text")
+    def session(
+        self, *, system: str | None = None, resume: str | Path | None = None, adapter: str | None = None
+    ) -> Session:
         """A conversation that keeps what it has read.
 
         Args:
             system: said before the first turn.
-            resume: a file from `Session.save`, to go on from; it knows its own system text.
+            resume: a file from `Session.save`, to go on from; it knows its own system text and adapter.
+            adapter: with which all its answers are written; None for the model alone, or with `resume` for its own.
 
         Raises:
-            OptionError: a base checkpoint, or both arguments.
-            SessionError: the file is damaged, or belongs to another model.
+            OptionError: a base checkpoint, an adapter that is not loaded, or both `system` and `resume`.
+            SessionError: the file is damaged, or belongs to another model or adapter.
         """
+        loaded = self._thread.loaded
+        loaded.files_of(adapter)
         if resume is None:
-            loaded = self._thread.loaded
             if not loaded.checkpoint.instruct:
                 raise OptionError(
                     "session", got=f"{loaded.checkpoint.name}, a base checkpoint", want="one that was tuned for chat"
                 )
-            return Session(self, self._thread.call(lambda scheduler: scheduler.new_conversation(system)))
+            return Session(self, self._thread.call(lambda scheduler: scheduler.new_conversation(system, adapter)))
         if system is not None:
             raise OptionError("system", got="a text for a conversation that has begun", want="none")
-        return Session(self, self._thread.call(lambda scheduler: session_file.read(resume, scheduler)))
+        return Session(self, self._thread.call(lambda scheduler: session_file.read(resume, scheduler, adapter)))
 
     def stop(self) -> None:
         """As `close`, and wait for nothing."""

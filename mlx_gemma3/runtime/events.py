@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 
 class Logprob(TypedDict):
@@ -28,6 +28,24 @@ class TextEvent(TypedDict):
     logprobs: NotRequired[list[TokenLogprob]]  # when asked for, one for each of `tokens`
 
 
+class ToolCall(TypedDict):
+    """A tool that the model asks for."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+class ToolCallEvent(TypedDict):
+    """A piece of a call; the first of each call says its name, with no arguments yet."""
+
+    kind: Literal["tool_call"]
+    index: int  # of the call in the answer
+    call_id: str
+    name: str
+    arguments: str  # JSON, to be joined
+
+
 class Usage(TypedDict):
     """What an answer took: tokens, seconds, bytes."""
 
@@ -51,8 +69,10 @@ class DoneEvent(TypedDict):
     kind: Literal["done"]
     text: str
     tokens: list[int]  # as generated, the one that ended the answer included
-    finish_reason: Literal["stop", "length", "cancelled"]
+    finish_reason: Literal["stop", "length", "cancelled", "tool_calls"]
     stop: NotRequired[str]  # the string that ended it, where it was one
+    parsed: NotRequired[Any]  # of an answer in a form, when it is whole: the value, or the text
+    tool_calls: NotRequired[list[ToolCall]]  # when there are any; `text` is empty then
     usage: Usage
     logprobs: NotRequired[list[TokenLogprob]]  # when asked for
     prompt_logprobs: NotRequired[list[TokenLogprob | None]]  # when asked for; of the first token there is none
@@ -78,7 +98,7 @@ class PendingEvent(TypedDict):
     total: NotRequired[int]
 
 
-Event = TextEvent | DoneEvent | ErrorEvent | PendingEvent
+Event = TextEvent | ToolCallEvent | DoneEvent | ErrorEvent | PendingEvent
 
 
 def no_usage() -> Usage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from ..errors import Gemma3Error
 from ..generation.batch import Row, Written
 from ..generation.choice import Score
+from ..grammar.matcher import Matcher
 from ..prompt.tokenizer import Tokenizer
 from .answer import Answer, token_logprob
-from .events import DoneEvent, Usage, no_usage
+from .calls import Calls
+from .events import DoneEvent, TextEvent, Usage, no_usage
 from .request import Prepared, Request
 from .timeline import Timeline, Tokens
 
@@ -41,6 +43,7 @@ class Job:
         self.score = None if count is None else Score(count)
         self.kv_bytes = 0  # that it may come to need
         self.error: Gemma3Error | None = None  # of preparing it
+        self._calls = Calls(request.put) if request.form is not None and request.form.tools else None
         self._usage = no_usage()
         self._prepare_began = self._began = self._read = 0.0
         self._before: list[Any] | None = None  # exchanges of the conversation, to go back to
@@ -108,12 +111,19 @@ class Job:
             self._features[name] = encode(name, self._pixels.get(name))
         return self._features[name]
 
-    def has_features(self, number: int, known: Container[str]) -> bool:
+    def has_features(self, number: int, known: Callable[[str], bool]) -> bool:
         """Whether the tower is not needed for the n-th picture."""
         assert self.tokens is not None
         name = self.tokens.digests[number]
         own = self._features if self.conversation is None else self.conversation.features
-        return name in own or name in known
+        return name in own or known(name)
+
+    @property
+    def adapter(self) -> str | None:
+        """What it is computed with: a conversation's own, or what was asked for."""
+        if self.conversation is not None:
+            return self.conversation.timeline.caches.adapter
+        return self.request.options.adapter
 
     def encoded(self) -> None:
         """A picture went through the tower."""
@@ -137,7 +147,15 @@ class Job:
         if not self.answer.tokens:
             self._usage["first_token_seconds"] = time.perf_counter() - self._began
         if (event := self.answer.push(written.token, written.likelihood)) is not None:
-            self.request.put(event)
+            self._tell(event)
+
+    def _tell(self, event: TextEvent) -> None:
+        """Tell a piece of the answer; of a call, its name and arguments instead."""
+        if self._calls is not None and event["text"]:
+            event["text"] = self._calls.push(event["text"])
+            if not event["text"]:
+                return
+        self.request.put(event)
 
     def ends(self, reason: str, eos_ids: frozenset[int], tokenizer: Tokenizer) -> DoneEvent:
         """The answer is over, the conversation goes on from here. Returns the event that tells it."""
@@ -148,7 +166,7 @@ class Job:
             usage["processed_tokens"] = timeline.caches.offset - usage["cached_tokens"]
         if answer is not None and timeline is not None:
             if (event := answer.finish()) is not None:
-                self.request.put(event)
+                self._tell(event)
             reason = "stop" if answer.ended else reason
             ids, text = answer.tokens, answer.text
             usage["processed_tokens"] = len(self.tokens or ()) - usage["cached_tokens"]
@@ -158,6 +176,7 @@ class Job:
         if self.conversation is not None and timeline is not None:
             self.conversation.answered(ids, text, eos_ids)
         done = done_event(text, ids, reason, usage)
+        self._tell_form(done)
         if answer is not None and answer.stop is not None:
             done["stop"] = answer.stop
         if answer is not None and self.request.options.logprobs is not None:
@@ -166,6 +185,16 @@ class Job:
             scored = zip(self.tokens.ids[1:], self.score.found, strict=False)
             done["prompt_logprobs"] = [None, *(token_logprob(tokenizer, token, found) for token, found in scored)]
         return done
+
+    def _tell_form(self, done: DoneEvent) -> None:
+        """What an answer in a form comes to."""
+        form, held = self.request.form, self.row.chooser.constraint if self.row is not None else None
+        if self._calls is not None and self._calls.found:
+            done["text"], done["tool_calls"] = "", self._calls.found
+            if done["finish_reason"] == "stop":
+                done["finish_reason"] = "tool_calls"
+        elif form is not None and not form.tools and isinstance(held, Matcher):
+            done["parsed"] = form.parsed(held.text) if done["finish_reason"] == "stop" else None
 
     def undo(self) -> None:
         """It failed: of the conversation nothing was said."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from mlx.utils import tree_flatten
 
+from ..checkpoint.adapter import AdapterFile
 from ..checkpoint.fingerprint import fingerprint
 from ..checkpoint.load import Checkpoint
 from ..config import Config
+from ..errors import OptionError
 from ..model.runner import Runner
 from ..prompt.processor import Processor
 from ..prompt.tokenizer import Tokenizer
@@ -29,6 +32,7 @@ class About(TypedDict):
     max_context: int  # tokens of a prompt and its answer
     weights_bytes: int
     unpacked_bytes: int  # of packed weights that a CPU keeps as float32 too, because it is faster so
+    adapters: list[str]  # names that an answer may ask for
     notes: list[str]  # sentences on how the checkpoint was understood, and on prompts kept on disk; often none
 
 
@@ -43,6 +47,7 @@ class EngineOptions:
     max_context: int | None = None
     parallel: int = 8
     queue: int = 256
+    adapters: Mapping[str, str | Path] = field(default_factory=dict)  # folders by name
     prompt_cache: str | Path | None = None
     prompt_cache_bytes: int = 20 * 10**9
     force: bool = False
@@ -55,7 +60,13 @@ class Loaded:
     Only `notes` may grow.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: EngineOptions, runner: Runner) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: EngineOptions,
+        runner: Runner,
+        adapters: Mapping[str, AdapterFile] | None = None,
+    ) -> None:
         self.checkpoint, self.options = checkpoint, options
         self.tokenizer: Tokenizer = checkpoint.tokenizer()
         self.processor = Processor(self.tokenizer, checkpoint.config, no_pictures=checkpoint.no_pictures)
@@ -64,9 +75,12 @@ class Loaded:
         positions = checkpoint.config.text.max_position_embeddings
         self.max_context = min(options.max_context or positions, positions)
         self.dtype = str(runner.dtype).removeprefix("mlx.core.")
-        self.notes = list(checkpoint.notes)
+        adapters = adapters or {}
+        self._adapters = {name: adapter.fingerprint for name, adapter in adapters.items()}
+        self.notes = [*checkpoint.notes, *(note for adapter in adapters.values() for note in adapter.notes)]
         self._unpacked_bytes = runner.unpacked_bytes
         self._weights_bytes = sum(array.nbytes for _, array in tree_flatten(runner.model.parameters()))
+        self._weights_bytes += sum(adapter.nbytes for adapter in adapters.values()) * runner.dtype.size // 4
 
     @property
     def config(self) -> Config:
@@ -81,6 +95,7 @@ class Loaded:
             max_context=self.max_context,
             weights_bytes=self._weights_bytes,
             unpacked_bytes=self._unpacked_bytes,
+            adapters=list(self._adapters),
             notes=list(self.notes),
         )
         if self.config.embedder is not None:
@@ -92,3 +107,21 @@ class Loaded:
         """Of everything that is computed with it. Reads some of the weights' files."""
         options = self.options
         return Identity(fingerprint(self.checkpoint), None, self.dtype, options.kv_bits, options.local_kv_bits)
+
+    def identity_with(self, adapter: str | None) -> Identity:
+        """The same with an adapter; None for the model alone."""
+        return self.identity if adapter is None else replace(self.identity, adapter=self.files_of(adapter))
+
+    def adapter_of(self, fingerprint: object) -> str | None:
+        """The name of the adapter with these files, where it is loaded."""
+        return next((name for name, own in self._adapters.items() if own == fingerprint), None)
+
+    def files_of(self, name: str | None) -> str | None:
+        """An adapter's part of an identity; None for the model alone. Raises OptionError: it is not loaded."""
+        if name is None:
+            return None
+        if name not in self._adapters:
+            want = ", ".join(self._adapters) or "none: the model was loaded without adapters"
+            do = "" if self._adapters else f"load it with adapters={{{name!r}: its folder}}"
+            raise OptionError("adapter", got=repr(name), want=want, do=do)
+        return self._adapters[name]

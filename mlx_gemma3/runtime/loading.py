@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ..checkpoint.adapter import read_adapter
 from ..checkpoint.load import load_model, open_checkpoint
 from ..checkpoint.memory import cache_bytes, this_machine
 from ..checkpoint.source import Source
@@ -40,14 +41,21 @@ def load(source: Source, options: EngineOptions, closing: Callable[[], bool]) ->
             local_kv_bits=options.local_kv_bits,
             max_context=options.max_context,
         )
+    adapters = {
+        name: read_adapter(path, checkpoint.config, model=checkpoint.name, text_only=checkpoint.text_only)
+        for name, path in options.adapters.items()
+    }
     model = load_model(checkpoint, dtype=options.dtype, text_only=options.text_only, late_embedding=True)
     # Refuses bits that do not fit before the weights are read.
     model.make_caches(kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits)
     runner = on_device(model, lambda: _check_open(closing))
+    for name, adapter in adapters.items():
+        _check_open(closing)
+        runner.add_adapter(name, adapter.matrices)
     release()
     budget = this_machine().budget
     bound_freed(budget)
-    return Loaded(checkpoint, options, runner), runner, budget
+    return Loaded(checkpoint, options, runner, adapters), runner, budget
 
 
 def wired_bytes(loaded: Loaded, runner: Runner) -> int:

@@ -37,6 +37,15 @@ class OptionValues(TypedDict, total=False):
     seed: int | None
     logprobs: int | None
     prompt_logprobs: int | None
+    adapter: str | None
+    schema: Mapping[str, Any] | str | type | None
+    regex: str | None
+    grammar: str | None
+    choices: Sequence[str] | None
+    free_first: int | None
+    tools: Sequence[Any] | None
+    tool_choice: str | None
+    parallel_tool_calls: bool | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Setting:
     talk: bool = True  # a flag of `chat` and its /set; else it belongs to a whole request
     saved: bool = False  # generation_config.json may say it
     sampling: bool = False  # a field of generation.Sampling
+    word: str = ""  # of its flag, where that is not the name
 
 
 def _set(default: Any, kind: str, help: str, **more: Any) -> Any:
@@ -107,6 +117,21 @@ class Options:
     prompt_logprobs: int | None = _set(
         None, "whole", "Log-probabilities of the prompt's tokens too.", low=0, high=20, **_REQUEST
     )
+    adapter: str | None = _set(None, "text", "One of the adapters that were loaded, by its name.", **_REQUEST)
+
+    # The form of the answer (runtime/forms.py): at most one of these four.
+    schema: Any = _set(  # noqa: RUF009
+        None, "schema", "The answer is JSON that fits this schema: a file, or the schema.", talk=False
+    )
+    regex: str | None = _set(None, "text", "The answer matches this regular expression.", talk=False)
+    grammar: str | None = _set(None, "text", "The answer follows this grammar (Lark): a file, or itself.", talk=False)
+    choices: Sequence[str] = _set(
+        (), "texts", "The answer is one of these; give it again for more.", talk=False, word="choice"
+    )
+    free_first: int = _set(0, "whole", "Most tokens of free text before the form.", low=0, talk=False)
+    tools: Sequence[Any] = _set((), "tools", "Functions that the model may ask for.", **_REQUEST)
+    tool_choice: str = _set("auto", "text", "auto, none, required, or the name of the one to call.", **_REQUEST)
+    parallel_tool_calls: bool = _set(True, "switch", "Whether an answer may hold several calls.", **_REQUEST)
 
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
@@ -117,6 +142,9 @@ class Options:
             raise OptionError("prompt_logprobs", got=described(self.prompt_logprobs), want="0 to 20")
         if not all(self.stop):
             raise OptionError("stop", got=described(list(self.stop)), want="strings that are not empty")
+        if self.free_first < 0 or not all(self.choices):
+            name = "choices" if self.free_first >= 0 else "free_first"
+            raise OptionError(name, got=described(getattr(self, name)), want="texts that are not empty; 0 or more")
         self.sampling({})
 
     @classmethod
@@ -164,6 +192,10 @@ def schema_of(name: str) -> dict[str, Any]:
         return {"description": setting.help, "anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": text}]}
     bounds = {"minimum": setting.low, "maximum": setting.high}
     limits = {key: value for key, value in bounds.items() if value is not None}
+    if setting.kind == "schema":
+        return {"description": "A JSON schema, or its text.", "type": ["object", "string", "null"]}
+    if setting.kind == "tools":
+        return {"description": setting.help, "type": ["array", "null"], "items": {"type": "object"}}
     if setting.kind == "biases":
         return {
             "description": "A number for each token id.",

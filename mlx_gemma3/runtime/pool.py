@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .timeline import Timeline, Tokens
+from .timeline import Identity, Timeline, Tokens
 
 
 class Pool:
@@ -20,9 +20,12 @@ class Pool:
         self.most, self.budget, self._dropped = most, budget, dropped
         self.timelines: list[Timeline] = []
 
-    def best(self, tokens: Tokens) -> tuple[Timeline | None, int]:
-        """The one with most to reuse, and how much; none when taking it would throw away more than it saves."""
-        best = max(self.timelines, key=lambda timeline: timeline.reusable(tokens), default=None)
+    def best(self, tokens: Tokens, identity: Identity | None) -> tuple[Timeline | None, int]:
+        """Of those with this identity the one with most to reuse, and how much; none when taking it would throw away
+        more than it saves.
+        """
+        own = [timeline for timeline in self.timelines if timeline.identity == identity]
+        best = max(own, key=lambda timeline: timeline.reusable(tokens), default=None)
         if best is None or not (reused := best.reusable(tokens)):
             return None, 0
         if len(best.tokens) - reused > 2 * reused and len(self.timelines) < self.most:

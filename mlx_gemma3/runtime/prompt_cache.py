@@ -20,7 +20,7 @@ from .job import Job
 from .loaded import Loaded
 from .prompt_files import SHORTEST, Kept, PromptFiles
 from .state_file import Contents, HostArray, host_arrays, restore
-from .timeline import Timeline, Tokens
+from .timeline import Identity, Timeline, Tokens
 
 HELD_BYTES = 256 << 20  # of timelines that wait to be written; one alone may be larger
 PAUSE_SECONDS = 600.0  # without another try after a file could not be written
@@ -36,6 +36,7 @@ class Leaving:
     """A timeline on its way to disk."""
 
     tokens: Tokens
+    identity: Identity
     state: CacheState  # without arrays
     arrays: dict[str, HostArray]
     nbytes: int  # of memory that is held for it
@@ -50,16 +51,17 @@ class PromptCache:
         folder: str | Path,
         budget: int,
         loaded: Loaded,
-        new_timeline: Callable[[], Timeline],
+        new_timeline: Callable[[str | None], Timeline],
         send: Callable[[Callable[[], None]], None],
     ) -> None:
         """
         Args:
             budget: bytes of all files.
+            new_timeline: an empty one, for what is computed with this adapter.
             send: runs something in the engine's thread, soon.
         """
         self._loaded, self._new_timeline, self._send = loaded, new_timeline, send
-        self.files = PromptFiles(folder, budget, loaded, new_timeline().caches)
+        self.files = PromptFiles(folder, budget, loaded, new_timeline(None).caches)
         self._told: set[str] = set()
         self._paused = 0.0  # until then nothing is written
         self._reading: set[str] = set()  # names of files
@@ -83,7 +85,8 @@ class PromptCache:
             used: when it was, as time.time() says it; None for now.
             patience: seconds to wait for those that are not yet written.
         """
-        caches = timeline.caches
+        caches, identity = timeline.caches, timeline.identity
+        assert identity is not None, "the scheduler's have one"
         if caches.offset < SHORTEST or time.monotonic() < self._paused or caches.nbytes > self.files.budget:
             return
         tokens = timeline.tokens.head(caches.offset)
@@ -95,7 +98,12 @@ class PromptCache:
         try:
             state = state_of(caches, first=SHORTEST)
             leaving = Leaving(
-                tokens, replace(state, arrays={}), host_arrays(state.arrays), timeline.nbytes, used or time.time()
+                tokens,
+                identity,
+                replace(state, arrays={}),
+                host_arrays(state.arrays),
+                timeline.nbytes,
+                used or time.time(),
             )
         except RuntimeError as error:  # of MLX's
             self._pause(error)
@@ -128,7 +136,12 @@ class PromptCache:
             try:
                 if not self._stopped and time.monotonic() >= self._paused and not self.files.covers(leaving.tokens):
                     self.files.write(
-                        leaving.tokens, leaving.state, leaving.arrays, used=leaving.used, between=self._check
+                        leaving.tokens,
+                        leaving.identity,
+                        leaving.state,
+                        leaving.arrays,
+                        used=leaving.used,
+                        between=self._check,
                     )
             except Stopped:
                 pass
@@ -181,7 +194,7 @@ class PromptCache:
         job.recalling = False
         if contents is None or job.request.cancelled:
             return
-        timeline = self._new_timeline()
+        timeline = self._new_timeline(contents.adapter)
         try:
             restore(contents, timeline)
         except Exception as error:  # MLX has no memory for it, say: the prompt is read

@@ -30,7 +30,7 @@ from . import state_file
 from .loaded import Loaded
 from .session_state import State, plain
 from .state_file import Contents, HostArray
-from .timeline import Tokens
+from .timeline import Identity, Tokens
 
 SHORTEST = 256  # tokens that a file must save to be worth its reading, and has at least: docs/conversations.md measures
 _NAME = re.compile(r"gemma3-[0-9a-f]{16}-[0-9a-f]{32}\.prompt")
@@ -155,6 +155,7 @@ class PromptFiles:
     def write(
         self,
         tokens: Tokens,
+        identity: Identity,
         state: CacheState,
         arrays: Mapping[str, HostArray],
         *,
@@ -165,6 +166,7 @@ class PromptFiles:
 
         Args:
             tokens: those in the caches.
+            identity: what they were computed with.
             used: when it was, as time.time() says it; where there is no room left by files of before then, it is not
                 written.
             between: called before each array; what it raises leaves everything as it was.
@@ -178,7 +180,7 @@ class PromptFiles:
             return
         path = self.folder / kept.name
         with writing.replacing(path, follow=False) as file:
-            state_file.write(file, self._loaded.identity, plain(state, tokens), arrays, between)
+            state_file.write(file, identity, plain(state, tokens), arrays, between)
             file.flush()  # later writes would change the time
             os.utime(file.fileno(), (used, used))
         with self._lock:

@@ -11,6 +11,8 @@ from typing import Any
 from ..errors import OptionError, PromptError
 from ..model.gemma3 import check_writes
 from ..prompt import messages as written
+from ..prompt import tools
+from .forms import declarations
 from .loaded import Loaded
 from .options import Options
 from .request import Prepared, Request
@@ -20,8 +22,10 @@ from .timeline import Tokens, digest
 Progress = Callable[[Any, int, int], None]  # events.Stage, done, in all
 
 
-def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared:
-    """The prompt of a request; of one in a conversation, its new turn alone.
+def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared | None:
+    """The prompt of a request; of one in a conversation, its new turn alone, None where it is answered again.
+
+    What its answer is held to is compiled.
 
     Raises:
         Gemma3Error: what is wrong with it.
@@ -30,10 +34,15 @@ def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared:
     options = request.options
     check_writes(loaded.config)
     check_tokens(options, loaded.config.text.vocab_size)
+    if request.form is not None:
+        request.form.compile(loaded)
     if request.conversation is not None:
         check_turn(options)
-        assert request.prompt is not None, "the turns before are prepared"
-        prompt: str | Messages = request.conversation.question(request.prompt, len(request.images))
+        if request.prompt is None:
+            return None
+        prompt: str | Messages = request.conversation.question(
+            request.prompt, len(request.images), declarations(options)
+        )
     else:
         assert request.prompt is not None, "only a conversation answers its last turn again"
         prompt = said(loaded, request.prompt, request.images, options)
@@ -46,6 +55,7 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
     Raises:
         OptionError, PromptError: options that do not belong to such a prompt.
     """
+    declared = declarations(options)
     if is_tokens(prompt):
         if options.system is not None or options.continue_final_message or images:
             raise PromptError(
@@ -58,31 +68,34 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
         if completes(loaded, options):
             if options.system is not None:
                 raise OptionError("system", got="a text", want="none", do="completion has no turns")
+            if declared:
+                raise OptionError("tools", got="a text to complete", want="messages", do="completion has no turns")
             return prompt
         pictures = [{"type": "image"} for _ in images]
         messages: list[dict[str, Any]] = [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
     else:
         if options.raw:
             raise PromptError("prompt", got="messages", want="a string", do="completion has no turns")
-        messages = written.read(prompt)
+        messages = written.read(tools.plain(prompt))
         written.check_roles(messages)
     if options.system is not None:
         if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
             raise OptionError("system", got="a text beside a system message", want="one of them")
         messages = [{"role": "system", "content": options.system}, *messages]
-    return messages
+    return tools.with_tools(messages, declared) if declared else messages
 
 
 def processed(
     loaded: Loaded, prompt: str | Messages, images: list[Picture], options: Options, progress: Progress
 ) -> Prepared:
     """Tokens and pixels of a text or token ids to complete, or of messages."""
+    adapter = loaded.files_of(options.adapter)
     if is_tokens(prompt):
         ids: list[Any] = list(prompt)
         vocabulary = loaded.config.text.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise PromptError("prompt", got="token ids beyond the vocabulary", want=f"0 to {vocabulary - 1}")
-        return Prepared(Tokens(tuple(ids)), {}, 0)
+        return Prepared(Tokens(tuple(ids), adapter=adapter), {}, 0)
     # What users type must not act as control tokens: `<end_of_turn>` in a message does not end the turn.
     found = loaded.processor.prepare(
         prompt,
@@ -94,7 +107,7 @@ def processed(
     )
     pixels = found.pixels if found.pixels is not None else ()
     digests = tuple(map(digest, pixels))
-    tokens = Tokens(tuple(found.tokens), tuple(found.spans), digests)
+    tokens = Tokens(tuple(found.tokens), tuple(found.spans), digests, adapter)
     return Prepared(tokens, dict(zip(digests, pixels, strict=True)), found.image_count)
 
 
@@ -120,6 +133,8 @@ def check_turn(options: Options) -> None:
     """Refuse what cannot be set for one turn of a conversation. Raises OptionError."""
     if options.system is not None or options.raw:
         raise OptionError("system or raw", got="set for one turn", want="none: they belong to the session")
+    if options.adapter is not None:
+        raise OptionError("adapter", got="one for a turn", want="none: it belongs to the session")
     if options.continue_final_message:
         raise OptionError(
             "continue_final_message", got="true for a turn", want="false", do="hand the messages to generate"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..generation.choice import Constraint
+from ..generation.constraint import Constraint
+from .forms import Form, held
 from .options import Options
 from .stream import Channel, Messages, Picture
 from .timeline import Tokens
@@ -47,7 +48,8 @@ class Request(Channel):
             like: an earlier request with the same prompt, which is prepared once for both.
             constraint: what the answer may consist of.
         """
-        super().__init__()
+        super().__init__(options.schema)
         self.prompt, self.images, self.options, self.conversation = prompt, list(images), options, conversation
         self.like, self.constraint = like, constraint
+        self.form: Form | None = held(options) if like is None else like.form
         self.prepared: Prepared | None = None  # set once, by the engine's thread

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -152,18 +153,19 @@ class Scheduler:
             job.request.cancel()
         self._embeddings.cancel_all()
 
-    def new_timeline(self) -> Timeline:
+    def new_timeline(self, adapter: str | None = None) -> Timeline:
         options = self.loaded.options
-        caches = self.runner.make_caches(kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits)
-        return Timeline(self.runner, caches, identity=self.loaded.identity, snapshot_bytes=self.budget // 16)
+        caches = self.runner.make_caches(kv_bits=options.kv_bits, local_kv_bits=options.local_kv_bits, adapter=adapter)
+        identity = self.loaded.identity_with(adapter)
+        return Timeline(self.runner, caches, identity=identity, snapshot_bytes=self.budget // 16)
 
-    def new_conversation(self, system: str | None) -> Conversation:
+    def new_conversation(self, system: str | None, adapter: str | None = None) -> Conversation:
         newline = tuple(self.loaded.tokenizer.encode("\n"))
-        return Conversation(self.new_timeline(), self.loaded.end_of_turn, newline, system)
+        return Conversation(self.new_timeline(adapter), self.loaded.end_of_turn, newline, system)
 
-    def encode(self, name: str, view: NDArray[np.float32] | None) -> mx.array:
-        """(T, D) features of a picture."""
-        return self.features.get(self.runner, name, view)
+    def encode(self, name: str, view: NDArray[np.float32] | None, adapter: str | None = None) -> mx.array:
+        """(T, D) features of a picture, as this adapter sees it."""
+        return self.features.get(self.runner, name, view, adapter)
 
     # --- the line
 
@@ -208,8 +210,9 @@ class Scheduler:
         try:
             if request.prompt is None:
                 check_turn(request.options)
-                job.prepared(None)
-                return
+                if request.form is None:
+                    job.prepared(None)
+                    return
             if like is not None and like.prepared is not None:
                 job.prepared(like.prepared)
                 return
@@ -248,7 +251,7 @@ class Scheduler:
     def _prepared(self, job: Job, found: Prepared | None, error: BaseException | None) -> None:
         if job not in self._line:  # cancelled meanwhile
             return
-        if error is None and found is not None:
+        if error is None:
             try:
                 job.request.prepared = found
                 job.prepared(found)
@@ -289,11 +292,14 @@ class Scheduler:
         if job.conversation is not None:
             timeline = job.conversation.timeline
         elif job.score is not None:
-            timeline = self.new_timeline()  # what was read already has no likelihoods
+            timeline = self.new_timeline(job.adapter)  # what was read already has no likelihoods
         else:
-            timeline, reused = self.pool.best(tokens)
+            identity = self.loaded.identity_with(job.adapter)
+            timeline, reused = self.pool.best(tokens, identity)
             for other in self.running:
                 assert other.timeline is not None and other.tokens is not None
+                if other.timeline.identity != identity:
+                    continue
                 shared = other.tokens.shared(tokens)
                 if other in self._readers and shared > max(other.timeline.caches.offset, reused + WORTH_A_FORK):
                     return False
@@ -305,7 +311,7 @@ class Scheduler:
             if recalled is not None and recalled.reusable(tokens) > reused:
                 timeline = recalled
             elif timeline is None:
-                timeline = self.new_timeline()
+                timeline = self.new_timeline(job.adapter)
             elif timeline in self.pool.timelines:
                 self.pool.take(timeline)
             else:
@@ -388,17 +394,17 @@ class Scheduler:
         try:
             most = self._chunk()
             pictures = timeline.pictures(*timeline.next_chunk(most))
-            missing = next((number for number in pictures if not job.has_features(number, self.features)), None)
+            encode = partial(self.encode, adapter=job.adapter)
+            known = partial(self.features.holds, self.runner, adapter=job.adapter)
+            missing = next((number for number in pictures if not job.has_features(number, known)), None)
             if missing is not None:  # the others get a token before the next
                 self._readers.appendleft(job)
-                job.features(missing, self.encode)
+                job.features(missing, encode)
                 job.encoded()
                 return
             began, settled = perf_counter(), timeline.settled
             alone = not self._readers and not self._writers
-            count = timeline.read_chunk(
-                lambda number: job.features(number, self.encode), most, ahead=alone, score=job.score
-            )
+            count = timeline.read_chunk(lambda number: job.features(number, encode), most, ahead=alone, score=job.score)
             self.device_errors = 0
             if timeline.settled is settled:  # else it took the time of no chunk, or of two
                 self._read_rate = _smoothed(self._read_rate, count / max(perf_counter() - began, 1e-9))
@@ -424,9 +430,12 @@ class Scheduler:
         check_finite(timeline.logits, self.loaded.checkpoint)
         eos_ids = end_ids(self.loaded, request)
         answer = Answer(self.loaded.tokenizer, eos_ids=eos_ids, stop=request.options.stop)
+        held = request.constraint
+        if request.form is not None:
+            held = request.form.start(self.loaded, eos_ids)
         sampling = request.options.sampling(self.loaded.checkpoint.generation)
         left = min(request.options.max_tokens, self.loaded.max_context - len(tokens))
-        row = Row(timeline.caches, Chooser(sampling, tokens.ids, request.constraint), left)
+        row = Row(timeline.caches, Chooser(sampling, tokens.ids, held), left)
         job.writes(row, answer)
         if left < 1:
             self._end(job, "length")
@@ -447,18 +456,23 @@ class Scheduler:
         self.device_errors = 0
         self._step_seconds = _smoothed(self._step_seconds, perf_counter() - began)
         for one in written:
+            if one.row not in self._writers:
+                continue  # it ended at a token before
             job = self._writers[one.row]
             try:
                 job.take(one)
                 assert job.answer is not None
                 if job.answer.ended:
                     self._end(job, "stop")
-                elif job.request.cancelled:
-                    self._end(job, "cancelled")
-                elif not one.row.left:
-                    self._end(job, "length")
             except Exception as error:
                 self._fail(job, error)
+        for row, job in list(self._writers.items()):
+            if row.chooser.complete:
+                self._end(job, "stop")
+            elif job.request.cancelled:
+                self._end(job, "cancelled")
+            elif not row.left:
+                self._end(job, "length")
 
     def _embed(self) -> None:
         """One batch of texts."""
@@ -487,7 +501,7 @@ class Scheduler:
             if job.conversation is None and job.timeline is not None and job.row is None:
                 self.pool.put(job.timeline)
         elif job.conversation is not None and job.timeline is not None:
-            job.conversation.timeline = self.new_timeline()
+            job.conversation.timeline = self.new_timeline(job.adapter)
         job.request.fail(known(_of_device(error)))
 
     def _count(self, error: BaseException) -> None:

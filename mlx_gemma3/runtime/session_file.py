@@ -31,7 +31,9 @@ def write(path: str | Path, conversation: Conversation, scheduler: Scheduler, *,
         OutputError: the file cannot be written, or holds what this conversation does not know.
     """
     for name in list(conversation.pixels):  # of a turn that was cancelled before they were encoded
-        conversation.rows(name, partial(scheduler.encode, name))
+        conversation.rows(name, partial(scheduler.encode, name, adapter=conversation.timeline.caches.adapter))
+    identity = conversation.timeline.identity
+    assert identity is not None, "the scheduler's have one"
     caches = state_of(conversation.timeline.caches)
     arrays = {f"{PICTURE}{name}": rows for name, rows in conversation.features.items()} | dict(caches.arrays)
     state = plain(caches, conversation.timeline.tokens, conversation.system, conversation.exchanges)
@@ -46,7 +48,7 @@ def write(path: str | Path, conversation: Conversation, scheduler: Scheduler, *,
                 raise _lost(path, "a file that this conversation has not been read from")
 
         with writing.replacing(place, check=check) as file:
-            digest = state_file.write(file, scheduler.loaded.identity, state, state_file.host_arrays(arrays))
+            digest = state_file.write(file, identity, state, state_file.host_arrays(arrays))
     except OSError as error:
         raise writing.refusal(path, error) from None
     conversation.versions.add(digest)
@@ -59,21 +61,26 @@ def _lost(path: str | Path, got: str) -> OutputError:
     )
 
 
-def read(path: str | Path, scheduler: Scheduler) -> Conversation:
+def read(path: str | Path, scheduler: Scheduler, adapter: str | None = None) -> Conversation:
     """Read a conversation that this model can go on with.
+
+    Args:
+        adapter: the one that it must have been written with; None for its own.
 
     Raises:
         SessionError: no such file, no regular one, damaged, forged, of a newer version, or of another model or other
             settings.
     """
-    conversation = scheduler.new_conversation(None)
-    timeline = conversation.timeline
     try:
         with open_regular(Path(path).expanduser()) as file:
-            contents = state_file.read(file, path, scheduler.loaded, timeline.caches)
-        arrays = state_file.restore(contents, timeline)
+            contents = state_file.read(file, path, scheduler.loaded, scheduler.new_timeline().caches)
+        conversation = scheduler.new_conversation(None, contents.adapter)
+        arrays = state_file.restore(contents, conversation.timeline)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: `~name` of nobody; ValueError: a NUL
         raise SessionError(f"{path}", got=getattr(error, "strerror", None) or error, want=state_file.WANT) from None
+    if adapter is not None and conversation.timeline.identity != scheduler.loaded.identity_with(adapter):
+        got = "no adapter" if contents.adapter is None else f"the adapter {contents.adapter}"
+        raise SessionError(f"{path}", got=f"a conversation with {got}", want=f"one with {adapter}")
     conversation.system, conversation.exchanges = contents.state.system, list(contents.state.exchanges)
     conversation.features = {
         name.removeprefix(PICTURE): rows for name, rows in arrays.items() if name.startswith(PICTURE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config
@@ -46,10 +46,18 @@ def plain(
         "filled": caches.filled,
         "border": caches.borders[0] if caches.borders else None,
         **more,
-        "tokens": {"ids": tokens.ids, "spans": tokens.spans, "digests": tokens.digests},  # asdict copies each number
+        "tokens": _tokens(tokens),
         "system": system,
-        "exchanges": [asdict(exchange) for exchange in exchanges],
+        "exchanges": [
+            vars(turn) | {"asked": _tokens(turn.asked), "said": None if turn.said is None else _tokens(turn.said)}
+            for turn in exchanges
+        ],
     }
+
+
+def _tokens(tokens: Tokens) -> dict[str, Any]:
+    """Without the adapter, which a file says once."""
+    return {"ids": tokens.ids, "spans": tokens.spans, "digests": tokens.digests}
 
 
 def read_state(values: Mapping[str, Any], path: object, caches: Caches, config: Config) -> State:

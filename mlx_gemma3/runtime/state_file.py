@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -52,6 +52,7 @@ class Contents:
     state: State
     digest: str
     arrays: Mapping[str, tuple[str, mx.array]]  # with the dtype's name: BF16 are still the bits, as uint16
+    adapter: str | None = None  # with which it was computed, by its name here
 
 
 def host_arrays(arrays: Mapping[str, mx.array]) -> dict[str, HostArray]:
@@ -135,11 +136,12 @@ def read(file: BinaryIO, path: object, loaded: Loaded, caches: Caches, *, data: 
         )
     if data and said != _digest(file):
         raise SessionError(f"{path}", got="a file that was cut or changed", want="every byte as it was written")
-    _check_made_by(loaded, values, path)
+    adapter = _made_with(loaded, values, path)
     state = read_state(values, path, caches, loaded.config)
+    state = replace(state, tokens=replace(state.tokens, adapter=loaded.files_of(adapter)))
     size = os.fstat(file.fileno()).st_size - start
     entries = _entries(header, state, caches, loaded, path, size)
-    return Contents(state, str(said), _arrays(file, start, entries) if data else {})
+    return Contents(state, str(said), _arrays(file, start, entries) if data else {}, adapter)
 
 
 def said_digest(file: BinaryIO) -> str:
@@ -151,22 +153,32 @@ def said_digest(file: BinaryIO) -> str:
 
 def settings(identity: Identity) -> dict[str, Any]:
     """What the caches' contents depend on beside the weights."""
-    return {"dtype": identity.dtype, "kv_bits": identity.kv_bits, "local_kv_bits": identity.local_kv_bits}
+    values = {"dtype": identity.dtype, "kv_bits": identity.kv_bits, "local_kv_bits": identity.local_kv_bits}
+    return values if identity.adapter is None else values | {"adapter": identity.adapter}
 
 
-def _check_made_by(loaded: Loaded, state: Mapping[str, Any], path: object) -> None:
-    """Refuse what another model, or one with other settings, has computed. Raises SessionError."""
+def _made_with(loaded: Loaded, state: Mapping[str, Any], path: object) -> str | None:
+    """The name of the adapter that it was computed with.
+
+    Raises:
+        SessionError: another model, or one with other settings or an adapter that is not loaded, has computed it.
+    """
     if state.get("fingerprint") != loaded.identity.weights:
         raise SessionError(
             f"{path}", got="a conversation with another model", want=f"one with {loaded.checkpoint.name}"
         )
     made, now = state.get("settings"), settings(loaded.identity)
+    adapter, name = made.pop("adapter", None) if isinstance(made, dict) else None, None
     if made != now:
         known = made.items() if isinstance(made, dict) else ()
         differ = ", ".join(f"{name} {value}" for name, value in known if now.get(name) != value)
         raise SessionError(
             f"{path}", got=f"a conversation with {differ or 'no settings'}", want="the settings of this engine"
         )
+    if adapter is not None and (name := loaded.adapter_of(adapter)) is None:
+        got, want = "a conversation with an adapter that is not loaded", "that adapter, as it was then"
+        raise SessionError(f"{path}", got=got, want=want, do="load the model with it")
+    return name
 
 
 def _header(file: BinaryIO, path: object) -> tuple[dict[str, Any], int]:

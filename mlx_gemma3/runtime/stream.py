@@ -11,13 +11,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from ..boundary.arguments import takes
-from ..errors import ClosedError, Gemma3Error
-from .events import Event, TokenLogprob, Usage
+from ..errors import ClosedError, Gemma3Error, OptionError
+from ..grammar.hints import instance, is_model
+from .events import Event, TokenLogprob, ToolCall, Usage
 
 Messages = Sequence[dict[str, Any]]
 Picture = Any  # a path, the bytes of a file, or a PIL image
@@ -36,10 +37,13 @@ class Reply:
 
     text: str
     tokens: list[int]  # as generated, the one that ended the answer included
-    finish_reason: str  # "stop" | "length" | "cancelled"
+    finish_reason: str  # "stop" | "length" | "cancelled" | "tool_calls"
     usage: Usage
     logprobs: list[TokenLogprob] | None = None  # one for each of `tokens`, when they were asked for
     prompt_logprobs: list[TokenLogprob | None] | None = None  # and of the prompt's; of its first there is none
+    # Of an answer in a form that is whole: JSON's value or an instance of the schema's class; the text of other forms.
+    parsed: Any = None
+    tool_calls: list[ToolCall] = field(default_factory=list)  # what it asks for; `text` is empty then
 
 
 def check_process(loaded_in: int) -> None:
@@ -70,7 +74,9 @@ class _Flag:
 class Channel:
     """What a stream and the side that answers it share. Takes no locks of its own: garbage collection may cancel."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: Any = None) -> None:
+        """schema: what a parsed answer is to be an instance of, if it is a class."""
+        self.schema = schema
         self.unwanted = _Flag()  # cancelled, or nobody holds its stream any more: garbage collection may raise it
         self.error: Gemma3Error | None = None
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -102,6 +108,21 @@ class Channel:
         except queue.Empty:
             return None
 
+    def instance(self, parsed: Any) -> Any:
+        """A parsed answer as its asker's own type.
+
+        Raises:
+            OptionError: the type's own checks refuse it.
+        """
+        kind = self.schema
+        if parsed is None or not is_model(kind):
+            return parsed
+        try:
+            return instance(kind, parsed)
+        except Exception as error:
+            got = f"an answer that its own checks refuse ({error})"
+            raise OptionError(f"schema {kind.__name__}", got=got, want="one they take") from None
+
     def listen(self, listener: Callable[[], None] | None) -> None:
         """Call this after each event that is added, in the thread that adds it; None: call nothing."""
         self._listener = listener
@@ -128,9 +149,10 @@ class Stream:
     def next(self, timeout: float | None = None) -> Event:
         """The next event, as a dict of plain types.
 
-        {"kind": "text", "text", "tokens"} · {"kind": "pending"}: nothing within `timeout` seconds, or progress
-        ("stage", "done", "total") · {"kind": "done", "text", "tokens", "finish_reason", "usage"} · {"kind": "error",
-        "code", "message"}. The last two end the stream and are given again when asked again.
+        {"kind": "text", "text", "tokens"} · {"kind": "tool_call", "index", "call_id", "name", "arguments"}: a piece
+        of a call · {"kind": "pending"}: nothing within `timeout` seconds, or progress ("stage", "done", "total") ·
+        {"kind": "done", "text", "tokens", "finish_reason", "usage"} · {"kind": "error", "code", "message"}. The
+        last two end the stream and are given again when asked again.
         """
         if self._end is not None:
             return self._end
@@ -182,6 +204,8 @@ class Stream:
             end["usage"],
             end.get("logprobs"),
             end.get("prompt_logprobs"),
+            self._channel.instance(end.get("parsed")),
+            end.get("tool_calls", []),
         )
 
     def listen(self, listener: Callable[[], None] | None) -> None:

@@ -47,25 +47,31 @@ class Tokens:
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...] = ()  # half-open ranges of image tokens, in order
     digests: tuple[str, ...] = ()  # one a span
+    adapter: str | None = None  # Identity.adapter: nothing is shared with other adapters
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __add__(self, other: Tokens) -> Tokens:
         moved = tuple((start + len(self), stop + len(self)) for start, stop in other.spans)
-        return Tokens(self.ids + other.ids, self.spans + moved, self.digests + other.digests)
+        return Tokens(self.ids + other.ids, self.spans + moved, self.digests + other.digests, self.adapter)
 
     def head(self, count: int) -> Tokens:
         """The first `count`; no span may be cut."""
         kept = [(span, digest) for span, digest in zip(self.spans, self.digests, strict=True) if span[1] <= count]
-        return Tokens(self.ids[:count], tuple(span for span, _ in kept), tuple(digest for _, digest in kept))
+        spans, digests = tuple(span for span, _ in kept), tuple(digest for _, digest in kept)
+        return Tokens(self.ids[:count], spans, digests, self.adapter)
 
     @cached_property
     def keys(self) -> NDArray[np.int64]:
-        """A number for each token; those of different pictures differ (but for one chance in 2**56)."""
+        """A number for each token; those of different pictures differ, and all of those with different adapters (but
+        for one chance in 2**44).
+        """
         keys = np.array(self.ids, dtype=np.int64)
         for (start, stop), digest in zip(self.spans, self.digests, strict=True):
             keys[start:stop] = -1 - int(digest[:14], 16)
+        if self.adapter is not None:
+            keys ^= int(self.adapter[:15], 16) << 2
         return keys
 
     def shared(self, other: Keyed) -> int:
@@ -92,20 +98,28 @@ class FeatureCache:
         self.encoded = 0  # pictures that went through the tower
         self._rows: OrderedDict[str, mx.array] = OrderedDict()
 
-    def get(self, runner: Runner, name: str, pixels: NDArray[np.float32] | None) -> mx.array:
+    def get(
+        self, runner: Runner, name: str, pixels: NDArray[np.float32] | None, adapter: str | None = None
+    ) -> mx.array:
         """(T, D) features of a picture, from the tower when they are not here.
 
         Args:
+            adapter: what the tower sees with.
             pixels: (S, S, 3), or None when the features must be here (a conversation read from a file).
         """
-        rows = self._rows.pop(name, None)
+        key = _seen_as(name, runner.sees_with(adapter))
+        rows = self._rows.pop(key, None)
         if rows is None:
             assert pixels is not None, name
-            rows = runner.encode_images(pixels[None])[0]
+            rows = runner.encode_images(pixels[None], adapter)[0]
             mx.eval(rows)
             self.encoded += 1
-        self.put(name, rows)
+        self.put(key, rows)
         return rows
+
+    def holds(self, runner: Runner, name: str, adapter: str | None) -> bool:
+        """Whether `get` would need no tower."""
+        return _seen_as(name, runner.sees_with(adapter)) in self._rows
 
     def put(self, name: str, rows: mx.array) -> None:
         self._rows[name] = rows
@@ -116,12 +130,16 @@ class FeatureCache:
         return name in self._rows
 
 
+def _seen_as(name: str, adapter: str | None) -> str:
+    return name if adapter is None else f"{name} {adapter}"
+
+
 @dataclass(frozen=True)
 class Identity:
     """What keys and values depend on: what was computed with one never serves another."""
 
     weights: str  # checkpoint/fingerprint.py
-    adapter: str | None
+    adapter: str | None  # of its files, checkpoint/adapter.py
     dtype: str
     kv_bits: int
     local_kv_bits: int

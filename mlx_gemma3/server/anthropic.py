@@ -16,6 +16,7 @@ from starlette.responses import Response
 from ..errors import Gemma3Error, RequestError
 from ..runtime.events import DoneEvent, Usage
 from .asking import Ask, Running, Service, status_of
+from .forms import answer_form, anthropic_options, from_anthropic
 from .http import JSON, Body, Flow, TooLarge, body, sse, until_gone
 
 _HARMLESS = frozenset({"metadata", "service_tier", "betas", "context_management", "container", "cache_control"})
@@ -37,14 +38,12 @@ class Counted(Body):
     output_config: dict[str, Any] | None = None
 
     def ask(self, **options: Any) -> Ask:
-        if self.tools and (self.tool_choice or {}).get("type") != "none":
-            raise RequestError("tools", got=f"{len(self.tools)} of them", want="none: this version calls no tools")
         if self.thinking is not None and self.thinking.get("type") not in (None, "disabled", "adaptive"):
             raise RequestError("thinking", got=self.thinking.get("type"), want="disabled: Gemma 3 does not think aloud")
-        if (self.output_config or {}).get("format"):
-            raise RequestError("output_config", got="a format", want="none: this version binds no answers")
+        options |= answer_form((self.output_config or {}).get("format"), "output_config.format")
+        options |= anthropic_options(self.tools, self.tool_choice)
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return Ask(model=self.model, prompt=[*system, *self.messages], options=options)
+        return Ask(model=self.model, prompt=[*system, *from_anthropic(self.messages)], options=options)
 
 
 class MessagesRequest(Counted):
@@ -102,7 +101,11 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         (done,) = await self._running.replies()
-        content = [{"type": "text", "text": done["text"]}]
+        calls = done.get("tool_calls", [])
+        content: list[Any] = [
+            {"type": "tool_use", "id": one["id"], "name": one["name"], "input": one["arguments"]} for one in calls
+        ]
+        content = content or [{"type": "text", "text": done["text"]}]
         return {**self._head, "content": content, **_ending(done), "usage": _usage(done["usage"])}
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -114,14 +117,31 @@ class _Answer:
         start = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": nothing}
         try:
             yield event("message_start", message=start)
-            yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+            open_block = -1  # the index of the block that is being written
             async for found in self._running.events():
                 if found is None or found[1]["kind"] == "pending":
                     yield event("ping")
                 elif found[1]["kind"] == "text":
+                    if open_block < 0:
+                        open_block = 0
+                        yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
                     yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": found[1]["text"]})
+                elif found[1]["kind"] == "tool_call":
+                    call = found[1]
+                    if not call["arguments"]:
+                        if open_block >= 0:
+                            yield event("content_block_stop", index=open_block)
+                        open_block = call["index"]
+                        block = {"type": "tool_use", "id": call["call_id"], "name": call["name"], "input": {}}
+                        yield event("content_block_start", index=open_block, content_block=block)
+                    else:
+                        delta = {"type": "input_json_delta", "partial_json": call["arguments"]}
+                        yield event("content_block_delta", index=open_block, delta=delta)
             done = self._running.done[0]
-            yield event("content_block_stop", index=0)
+            if open_block < 0:
+                open_block = 0
+                yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+            yield event("content_block_stop", index=open_block)
             yield event("message_delta", delta=_ending(done), usage=_usage(done["usage"]))
             yield event("message_stop")
         except Gemma3Error as error:
@@ -133,7 +153,7 @@ class _Answer:
 def _ending(done: DoneEvent) -> dict[str, Any]:
     if "stop" in done:
         return {"stop_reason": "stop_sequence", "stop_sequence": done["stop"]}
-    reason = "max_tokens" if done["finish_reason"] == "length" else "end_turn"
+    reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(done["finish_reason"], "end_turn")
     return {"stop_reason": reason, "stop_sequence": None}
 
 

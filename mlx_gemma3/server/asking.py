@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ContextError, DeviceLost, Gemma3Error
+from ..prompt import tools
 from ..runtime.events import DoneEvent, Event, PendingEvent, Usage
 from ..runtime.stream import Stream
 from .metrics import Metrics
@@ -78,10 +79,12 @@ class Service:
     async def _prepared(self, ask: Ask, running: Running) -> tuple[Any, dict[str, Any]]:
         options = {name: value for name, value in ask.options.items() if value is not None}
         options.setdefault("max_tokens", self.settings.max_tokens)
+        if running.model.adapter is not None:
+            options["adapter"] = running.model.adapter
         if not ask.chat:
             self._log(ask.prompt)
             return ask.prompt, {"raw": True, **options} if isinstance(ask.prompt, str) else options
-        said = await asyncio.to_thread(fetched, ask.prompt, self.settings, lambda: not running.closed)
+        said = await asyncio.to_thread(fetched, tools.plain(ask.prompt), self.settings, lambda: not running.closed)
         said = merged(said)
         self._log(said)
         if goes_on(said):

@@ -5,7 +5,7 @@ Source: https://github.com/ollama/ollama/blob/main/docs/api.md.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,8 +14,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import Gemma3Error, RequestError
-from ..runtime.events import DoneEvent
+from ..runtime.events import DoneEvent, ToolCall
 from .asking import Ask, Running, Service
+from .forms import tool_options
 from .http import JSON, Body, Flow, body, line, until_gone
 from .models import Model
 
@@ -72,9 +73,12 @@ class Asked(Body):
     options: Options | None = None
 
     def settings(self) -> dict[str, Any]:
+        form: dict[str, Any] = {}
         if self.format not in (None, "", {}):
-            raise RequestError("format", got="a form", want="none: this version binds no answers")
-        return (self.options or Options.model_validate({})).values()
+            if self.format != "json" and not isinstance(self.format, dict):
+                raise RequestError("format", got=self.format, want="json, or a JSON schema")
+            form = {"schema": {"type": "object"} if self.format == "json" else self.format}
+        return (self.options or Options.model_validate({})).values() | form
 
 
 class ChatRequest(Asked):
@@ -105,11 +109,9 @@ def failure(error: Gemma3Error) -> dict[str, Any]:
 async def chat(request: Request) -> Response:
     """POST /api/chat"""
     asked = await body(request, ChatRequest, _HARMLESS)
-    if asked.tools:
-        raise RequestError("tools", got=f"{len(asked.tools)} of them", want="none: this version calls no tools")
     if not asked.messages:
         return await _loaded(request, asked.model, {"message": {"role": "assistant", "content": ""}})
-    return await _answer(request, asked, asked.messages, asked.settings(), "message")
+    return await _answer(request, asked, asked.messages, asked.settings() | tool_options(asked.tools), "message")
 
 
 async def generate(request: Request) -> Response:
@@ -142,7 +144,7 @@ async def _answer(
         return Flow(_lines(running, key), "application/x-ndjson")
     try:
         (done,) = await until_gone(request, running.replies())
-        return JSON({**_head(running.model), key: _said(key, done["text"]), **_ending(done)})
+        return JSON({**_head(running.model), key: _said(key, done["text"], done.get("tool_calls")), **_ending(done)})
     finally:
         running.close()
 
@@ -152,7 +154,10 @@ async def _lines(running: Running, key: str) -> AsyncIterator[bytes]:
         async for found in running.events():
             if found is not None and found[1]["kind"] == "text":
                 yield line({**_head(running.model), key: _said(key, found[1]["text"]), "done": False})
-        yield line({**_head(running.model), key: _said(key, ""), **_ending(running.done[0])})
+        done = running.done[0]
+        if calls := done.get("tool_calls"):
+            yield line({**_head(running.model), key: _said(key, "", calls), "done": False})
+        yield line({**_head(running.model), key: _said(key, ""), **_ending(done)})
     except Gemma3Error as error:
         yield line(failure(error))
     finally:
@@ -171,8 +176,11 @@ def _head(model: Model) -> dict[str, Any]:
     return {"model": model.name, "created_at": _now()}
 
 
-def _said(key: str, text: str) -> Any:
-    return {"role": "assistant", "content": text} if key == "message" else text
+def _said(key: str, text: str, calls: Sequence[ToolCall] | None = None) -> Any:
+    if key != "message":
+        return text
+    called = [{"function": {"name": one["name"], "arguments": one["arguments"]}} for one in calls or ()]
+    return {"role": "assistant", "content": text, **({"tool_calls": called} if called else {})}
 
 
 def _ending(done: DoneEvent) -> dict[str, Any]:
@@ -228,7 +236,9 @@ async def show(request: Request) -> Response:
             "template": "{{ .Prompt }}",
             "details": _listed(model)["details"],
             "model_info": {"general.architecture": "gemma3", **context},
-            "capabilities": ["embedding"] if about is not None and "dimensions" in about else ["completion", *vision],
+            "capabilities": ["embedding"]
+            if about is not None and "dimensions" in about
+            else ["completion", "tools", *vision],
             "modified_at": _now(),
         }
     )

@@ -15,15 +15,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import Gemma3Error, RequestError
-from ..runtime.events import DoneEvent, TokenLogprob, Usage
+from ..runtime.events import DoneEvent, TokenLogprob, ToolCallEvent, Usage
 from .asking import Ask, Running, Service, reading
+from .forms import answer_form, openai_calls, tool_options
 from .http import JSON, Body, Flow, body, comment, sse, until_gone
 from .openai import failure
 
 HARMLESS = frozenset(
     {
         "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-        "parallel_tool_calls", "modalities", "prediction", "cache_prompt", "reasoning_effort", "keep_alive",
+        "modalities", "prediction", "cache_prompt", "reasoning_effort", "keep_alive",
         "function_call",
     }
 )  # fmt: skip
@@ -86,23 +87,18 @@ class ChatRequest(Sampled):
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
 
     def ask(self) -> Ask:
-        refuse_constraints(self.response_format, self.tools or self.functions, self.tool_choice)
-        options = self.options
+        if self.functions:
+            raise RequestError("functions", got=f"{len(self.functions)} of them", want="none", do="send them as tools")
+        options = self.options | answer_form(self.response_format)
+        options |= tool_options(self.tools, self.tool_choice, self.parallel_tool_calls)
         options["max_tokens"] = self.max_completion_tokens or options["max_tokens"] or None
         if self.logprobs:
             options["logprobs"] = self.top_logprobs or 0
         return Ask(model=self.model, prompt=self.messages, options=options, n=self.n or 1)
-
-
-def refuse_constraints(form: dict[str, Any] | None, tools: Any, choice: Any) -> None:
-    """Tools and forms of answers need constraints. Raises RequestError."""
-    if form is not None and form.get("type") not in (None, "text"):
-        raise RequestError("response_format", got=form.get("type"), want="text", do="ask for JSON in the prompt")
-    if tools and choice != "none":
-        raise RequestError("tools", got=f"{len(tools)} of them", want="none: this version calls no tools")
 
 
 async def chat_completions(request: Request) -> Response:
@@ -135,7 +131,7 @@ class _Answer:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": done["text"], "refusal": None},
+                "message": _message(done),
                 "logprobs": self._logprobs(said(done)),
                 "finish_reason": done["finish_reason"],
             }
@@ -156,6 +152,8 @@ class _Answer:
                 index, event = found
                 if event["kind"] == "text":
                     yield self._chunk(index, {"content": event["text"]}, logprobs=event.get("logprobs"))
+                elif event["kind"] == "tool_call":
+                    yield self._chunk(index, {"tool_calls": [_call_delta(event)]})
                 elif event["kind"] == "done":
                     last = len(self._running.done) == len(self._running.streams)
                     yield self._chunk(index, {}, event["finish_reason"], timed=event["usage"] if last else None)
@@ -198,10 +196,31 @@ class _Answer:
         return {"content": content, "refusal": None}
 
 
+def _message(done: DoneEvent) -> dict[str, Any]:
+    calls = done.get("tool_calls")
+    called = {"tool_calls": openai_calls(calls)} if calls else {}
+    return {"role": "assistant", "content": None if calls else done["text"], "refusal": None, **called}
+
+
+def _call_delta(event: ToolCallEvent) -> dict[str, Any]:
+    """The first of a call names it; the others hold its arguments."""
+    function = {"arguments": event["arguments"]}
+    if event["arguments"]:
+        return {"index": event["index"], "function": function}
+    return {
+        "index": event["index"],
+        "id": event["call_id"],
+        "type": "function",
+        "function": {"name": event["name"], **function},
+    }
+
+
 def said(done: DoneEvent) -> Sequence[TokenLogprob] | None:
     """The likelihoods of an answer's tokens, but of the one that ended it, which no text shows."""
     found = done.get("logprobs")
     ended = done["finish_reason"] == "stop" and "stop" not in done
+    if found and "parsed" in done and done["text"].endswith(found[-1]["text"]):
+        ended = False  # a form was complete without such a token
     return found[:-1] if found and ended else found
 
 

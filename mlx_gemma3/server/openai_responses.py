@@ -5,11 +5,12 @@ Source: https://platform.openai.com/docs/api-reference/responses.
 
 from __future__ import annotations
 
+import json
 import secrets
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +19,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import Gemma3Error, RequestError
-from ..runtime.events import DoneEvent, Usage
+from ..runtime.events import DoneEvent, ToolCall, ToolCallEvent, Usage
 from .asking import Ask, Running, Service, reading
+from .forms import answer_form, from_responses, openai_calls, tool_options
 from .http import JSON, Body, Flow, body, comment, sse, until_gone
 from .openai import failure
-from .openai_chat import refuse_constraints
 
 _HARMLESS = frozenset(
     {
         "user", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-        "parallel_tool_calls", "include", "reasoning", "stream_options", "max_tool_calls", "client_metadata",
+        "include", "reasoning", "stream_options", "max_tool_calls", "client_metadata",
     }
 )  # fmt: skip
 _KEPT_BYTES = 256 << 20
-_MESSAGE = (None, "message")
+_ITEMS = (None, "message", "function_call", "function_call_output")
 
 
 class Text(Body):
@@ -55,6 +56,7 @@ class ResponseRequest(Body):
     text: Text | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
     def said(self) -> list[Any]:
         """The messages of this turn."""
@@ -62,13 +64,14 @@ class ResponseRequest(Body):
             return [{"role": "user", "content": self.input}]
         made = []
         for number, item in enumerate(self.input, start=1):
-            if not isinstance(item, dict) or item.get("type") not in _MESSAGE:
+            if not isinstance(item, dict) or item.get("type") not in _ITEMS:
                 kind = item.get("type") if isinstance(item, dict) else type(item).__name__
                 if kind == "reasoning":  # what other models thought
                     continue
-                raise RequestError(f"input, item {number}", got=kind, want="a message")
-            made.append({key: item[key] for key in ("role", "content") if key in item})
-        return made
+                raise RequestError(f"input, item {number}", got=kind, want="a message, a call or its output")
+            called = "call_id" in item
+            made.append(item if called else {key: item[key] for key in ("role", "content") if key in item})
+        return from_responses(made)
 
 
 @dataclass
@@ -117,7 +120,6 @@ async def responses(request: Request) -> Response:
     """POST /v1/responses"""
     service: Service = request.app.state.service
     asked = await body(request, ResponseRequest, _HARMLESS)
-    refuse_constraints(asked.text.format if asked.text else None, asked.tools, asked.tool_choice)
     if asked.background:
         raise RequestError("background", got=True, want="false: answers are waited for")
     kept: Kept = request.app.state.kept
@@ -127,6 +129,8 @@ async def responses(request: Request) -> Response:
         raise RequestError("input", got="nothing", want="a text or messages")
     system = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     options = {"max_tokens": asked.max_output_tokens, "temperature": asked.temperature, "top_p": asked.top_p or None}
+    options |= answer_form(asked.text.format if asked.text else None, "text.format")
+    options |= tool_options(asked.tools, asked.tool_choice, asked.parallel_tool_calls)
     ask = Ask(model=asked.model, prompt=[*system, *messages], options=options)
     running = await until_gone(request, service.begin(ask))
     answer = _Answer(running, asked, kept, messages)
@@ -160,11 +164,16 @@ class _Answer:
 
     def _finished(self, done: DoneEvent) -> dict[str, Any]:
         full = done["finish_reason"] == "length"
-        found = self._response("incomplete" if full else "completed", [self._message(done["text"], "completed")])
+        calls = done.get("tool_calls", [])
+        items = [self._call(at, call["id"], call["name"], call["arguments"]) for at, call in enumerate(calls)]
+        found = self._response(
+            "incomplete" if full else "completed", items or [self._message(done["text"], "completed")]
+        )
         found["incomplete_details"] = {"reason": "max_output_tokens"} if full else None
         found["usage"] = _usage(done["usage"])
         if self._asked.store is not False:
-            self._kept.put(found, [*self._messages, {"role": "assistant", "content": done["text"]}])
+            called = {"tool_calls": openai_calls(calls)} if calls else {}
+            self._kept.put(found, [*self._messages, {"role": "assistant", "content": done["text"], **called}])
         return found
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -172,19 +181,26 @@ class _Answer:
         try:
             yield self._event("response.created", response=self._response("in_progress", []))
             yield self._event("response.in_progress", response=self._response("in_progress", []))
-            yield self._event("response.output_item.added", output_index=0, item=self._message(None, "in_progress"))
-            yield self._event("response.content_part.added", **place, part=_part(""))
+            words = False
             async for found in self._running.events():
                 event = {"kind": "pending"} if found is None else found[1]
                 if event["kind"] == "text":
+                    if not words:
+                        words = True
+                        for one in self._message_begins(place):
+                            yield one
                     yield self._event("response.output_text.delta", **place, delta=event["text"], logprobs=[])
+                elif event["kind"] == "tool_call":
+                    yield self._call_goes_on(event)
                 elif event["kind"] == "pending":
                     yield comment(reading(event) or "waiting")
             done = self._running.done[0]
-            yield self._event("response.output_text.done", **place, text=done["text"], logprobs=[])
-            yield self._event("response.content_part.done", **place, part=_part(done["text"]))
-            item = self._message(done["text"], "completed")
-            yield self._event("response.output_item.done", output_index=0, item=item)
+            calls = done.get("tool_calls", [])
+            if not words and not calls:
+                for one in self._message_begins(place):
+                    yield one
+            for one in self._calls_end(calls) if calls else self._message_ends(place, done["text"]):
+                yield one
             finished = self._finished(done)
             yield self._event(f"response.{finished['status']}", response=finished)
         except Gemma3Error as error:
@@ -197,6 +213,54 @@ class _Answer:
     def _event(self, kind: str, **values: Any) -> bytes:
         self._number += 1
         return sse({"type": kind, "sequence_number": self._number - 1, **values}, kind)
+
+    def _message_begins(self, place: dict[str, Any]) -> list[bytes]:
+        item = self._message(None, "in_progress")
+        return [
+            self._event("response.output_item.added", output_index=0, item=item),
+            self._event("response.content_part.added", **place, part=_part("")),
+        ]
+
+    def _message_ends(self, place: dict[str, Any], text: str) -> list[bytes]:
+        return [
+            self._event("response.output_text.done", **place, text=text, logprobs=[]),
+            self._event("response.content_part.done", **place, part=_part(text)),
+            self._event("response.output_item.done", output_index=0, item=self._message(text, "completed")),
+        ]
+
+    def _call_goes_on(self, event: ToolCallEvent) -> bytes:
+        number = event["index"]
+        if event["arguments"]:
+            kind, delta = "response.function_call_arguments.delta", event["arguments"]
+            return self._event(kind, item_id=self._call_id(number), output_index=number, delta=delta)
+        return self._event(
+            "response.output_item.added", output_index=number, item=self._call(number, event["call_id"], event["name"])
+        )
+
+    def _calls_end(self, calls: Sequence[ToolCall]) -> list[bytes]:
+        events = []
+        for number, call in enumerate(calls):
+            item = self._call(number, call["id"], call["name"], call["arguments"])
+            told = {"item_id": item["id"], "name": call["name"], "arguments": item["arguments"]}
+            events += [
+                self._event("response.function_call_arguments.done", output_index=number, **told),
+                self._event("response.output_item.done", output_index=number, item=item),
+            ]
+        return events
+
+    def _call_id(self, number: int) -> str:
+        return f"fc_{self._item.removeprefix('msg_')}{number}"
+
+    def _call(self, number: int, call: str, name: str, arguments: Any = None) -> dict[str, Any]:
+        """A call's item; without arguments it is still being written."""
+        return {
+            "type": "function_call",
+            "id": self._call_id(number),
+            "call_id": call,
+            "name": name,
+            "arguments": "" if arguments is None else json.dumps(arguments, ensure_ascii=False),
+            "status": "in_progress" if arguments is None else "completed",
+        }
 
     def _message(self, text: str | None, status: str) -> dict[str, Any]:
         content = [] if text is None else [_part(text)]
@@ -215,13 +279,13 @@ class _Answer:
             "max_output_tokens": asked.max_output_tokens,
             "model": self._running.model.name,
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": asked.previous_response_id,
             "store": asked.store is not False,
             "temperature": asked.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "text": {"format": (asked.text.format if asked.text else None) or {"type": "text"}},
+            "tool_choice": asked.tool_choice or "auto",
+            "tools": asked.tools or [],
             "top_p": asked.top_p,
             "truncation": "disabled",
             "usage": None,

@@ -32,7 +32,7 @@ def run(settings: Settings, tell: Callable[[str], None]) -> int:
     """
     models = Models(settings, this_machine().budget)
     first = models.first
-    first.engine = models.load(first)  # beside all that follows
+    models.begin(first)  # beside all that follows
     try:
         return _Server(Service(settings, models, Metrics()), tell).serve_all(bound(settings))
     finally:

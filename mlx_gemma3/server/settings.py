@@ -17,6 +17,7 @@ class Settings:
     """Raises OptionError: a host that others reach without a key, a limit out of its range."""
 
     models: tuple[str, ...]
+    adapters: tuple[tuple[str, str, str], ...] = ()  # model ("" for the first), name, folder
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # name → one of the models
     host: str = "127.0.0.1"
     port: int = 8080

@@ -20,6 +20,8 @@ from typing import Any, cast
 
 from ..boundary.arguments import takes
 from ..errors import ClosedError, Gemma3Error, ImageError, OptionError, PromptError, RequestError, WorkerError
+from ..grammar.hints import is_model, schema_of
+from ..grammar.tools import read
 from ..prompt import snapshot
 from ..runtime.stream import Channel, Messages, Picture, Reply, Stream, check_process
 from .pictures import absolute, spoken, told
@@ -56,6 +58,8 @@ class WorkerEngine:
         **options: Any,
     ) -> None:
         self._start_timeout = start_timeout
+        if options.get("adapters"):
+            options["adapters"] = {name: str(absolute(path)) for name, path in options["adapters"].items()}
         self._load = {"model": str(source), **{name: value for name, value in options.items() if value is not None}}
         self._command, self._names = tuple(command), itertools.count(1)
         self._process: _Process | None = None
@@ -84,9 +88,11 @@ class WorkerEngine:
             return stream.reply
 
     @takes(system="text", resume="path")
-    def session(self, *, system: str | None = None, resume: str | Path | None = None) -> WorkerSession:
+    def session(
+        self, *, system: str | None = None, resume: str | Path | None = None, adapter: str | None = None
+    ) -> WorkerSession:
         """As `Engine.session`."""
-        given = {"system": system, "resume": None if resume is None else absolute(resume)}
+        given = {"system": system, "resume": None if resume is None else absolute(resume), "adapter": adapter}
         name = f"session {next(self._names)}"
         self.process.call("session.open", session=name, **{key: to for key, to in given.items() if to is not None})
         return WorkerSession(self, self.process, name)
@@ -404,4 +410,11 @@ def _asked(
         failed = Channel()
         failed.fail(error)
         return failed
-    return process.ask(op, **turn)
+    kind, tools = options.get("schema"), options.get("tools")
+    if is_model(kind):  # a class stays here: the worker gets its schema
+        turn["options"] = turn["options"] | {"schema": schema_of(kind)}
+    if tools and any(map(callable, tools)):
+        turn["options"] = turn["options"] | {"tools": [tool.declaration for tool in read(tools)]}
+    channel = process.ask(op, **turn)
+    channel.schema = kind
+    return channel

@@ -329,7 +329,8 @@ class Server:
             raise BusyError(
                 "sessions", got=f"{len(self._sessions)} open", want="fewer (--max-sessions)", do="close one"
             )
-        session = self._loaded().session(system=job.values.get("system"), resume=job.values.get("resume"))
+        given = {key: job.values.get(key) for key in ("system", "resume", "adapter")}
+        session = self._loaded().session(**given)
         said = _said(session)
         with self._state:
             self._sessions[name] = session

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from serving import PICTURE, QUESTION, Server
@@ -52,3 +53,21 @@ def test_pydantic_ai(server: Server) -> None:
     agent = Agent(OpenAIChatModel("demo", provider=provider), model_settings={"temperature": 0})
     result = agent.run_sync([BinaryContent(PICTURE.read_bytes(), media_type="image/png"), QUESTION])
     assert result.output == "3" and result.usage.output_tokens == 2
+
+
+def test_pydantic_ai_in_a_form(server: Server) -> None:
+    from pydantic import BaseModel
+    from pydantic_ai import Agent, NativeOutput
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    class Shape(BaseModel):
+        shape: Literal["circle", "square"]
+        count: Literal[1, 2, 3]
+
+    provider = OpenAIProvider(base_url=f"{server.address}/v1", api_key="none")
+    settings: Any = {"temperature": 0, "parallel_tool_calls": False}
+    kinds: list[Any] = [NativeOutput(Shape), Shape]  # as a schema of the answer, and as a tool's
+    for kind in kinds:
+        agent: Any = Agent(OpenAIChatModel("demo", provider=provider), output_type=kind, model_settings=settings)
+        assert isinstance(agent.run_sync("Which?").output, Shape)

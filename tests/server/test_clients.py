@@ -104,9 +104,10 @@ def test_openai_errors(oai: openai.OpenAI) -> None:
     assert long.value.code == "context_length_exceeded"
     for wrong in (
         {"temperature": -1}, {"messages": []}, {"messages": "hi"}, {"top_logprobs": 50}, {"logit_bias": {"a": 1}},
-        {"extra_body": {"typical_p": 0.3}}, {"response_format": {"type": "json_object"}}, {"n": 0},
-        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, {"presence_penalty": 9},
-        {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, {"stop": 3},
+        {"extra_body": {"typical_p": 0.3}}, {"response_format": {"type": "xml"}}, {"n": 0},
+        {"tools": [{"type": "function", "function": {"name": "a b", "parameters": {}}}]}, {"presence_penalty": 9},
+        {"messages": [{"role": "critic", "content": "x"}]}, {"stop": 3}, {"tool_choice": "required"},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}},
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError) as refused:
             oai.chat.completions.create(**{"model": "demo", "messages": said, **wrong})
@@ -192,9 +193,8 @@ def test_anthropic(server: Server) -> None:
         with pytest.raises(anthropic.NotFoundError, match="demo"):
             client.messages.create(model="opus", max_tokens=5, messages=said)
         with pytest.raises(anthropic.BadRequestError, match="tools"):
-            client.messages.create(
-                model="demo", max_tokens=5, messages=said, tools=[{"name": "f", "input_schema": {"type": "object"}}]
-            )
+            search: Any = {"type": "web_search_20250305", "name": "web_search"}
+            client.messages.create(model="demo", max_tokens=5, messages=said, tools=[search])
 
 
 def test_ollama(server: Server, request: pytest.FixtureRequest) -> None:
@@ -215,8 +215,8 @@ def test_ollama(server: Server, request: pytest.FixtureRequest) -> None:
     with pytest.raises(ollama.ResponseError, match="demo") as missing:
         client.chat("llama3", [message])
     assert missing.value.status_code == 404
-    with pytest.raises(ollama.ResponseError, match="format"):
-        client.chat("demo", [message], format="json")
+    with pytest.raises(ollama.ResponseError, match="contains"):
+        client.chat("demo", [message], format={"contains": {}})
     with pytest.raises(ollama.ResponseError, match="embedding"):
         client.embed("demo", "a")
 

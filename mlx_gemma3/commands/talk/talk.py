@@ -15,12 +15,14 @@ from .lines import Said
 from .loading import Loading
 from .screen import Screen
 from .settings import Settings
+from .tools import MOST_ROUNDS, Tools
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ...runtime.engine import Engine, Session
     from ...runtime.events import Usage
+    from ...runtime.options import OptionValues
     from ...runtime.stream import Stream
 
 
@@ -39,6 +41,7 @@ class Asked:
 
     text: str
     pictures: list[Attached] | None  # None: those of a saved conversation, which are not here any more
+    found: bool = False  # what tools found, not what the person asked
 
 
 @dataclass
@@ -50,6 +53,7 @@ class ChatState:
     settings: Settings
     system: str | None = None
     file: Path | None = None  # where the conversation is kept
+    adapter: str | None = None  # that answers are written with
     pictures: list[Attached] = field(default_factory=list)  # for the next question
     turns: list[Asked] = field(default_factory=list)
     prefill: str = ""  # stands at the next prompt
@@ -59,6 +63,8 @@ class ChatState:
     failed: bool = False  # something went wrong on the way
     changed: bool = False  # since it was saved
     ended: bool = False  # /quit
+    tools: Tools | None = None
+    rounds: int = 0  # of calls since the person said something
     _session: Session | None = None
 
     @property
@@ -110,28 +116,28 @@ class ChatState:
             return
         text, pictures = said.text, self.pictures
         if self.editing:
-            before = self.turns[-1].pictures
+            before = self.undo().pictures
             assert before is not None, "/edit does not begin without them"
-            self.session.undo()
-            self.turns.pop()
             pictures, self.editing = [*before, *pictures], False
-        self.pictures = []
+        self.pictures, self.rounds = [], 0
         sources = [picture.image for picture in pictures]
-        self._answer(Asked(text, pictures), self.session.send(text, images=sources, **self.settings.values))
+        self._answer(Asked(text, pictures), self.session.send(text, images=sources, **self._options))
 
     def retry(self) -> None:
         """Answer the last question once more."""
         turn = self.last("/retry")
         self.turns.pop()
-        self._answer(turn, self.session.retry(**self.settings.values))
+        self._answer(turn, self.session.retry(**self._options))
 
     def undo(self) -> Asked:
         """Forget the last question and its answer."""
-        turn = self.last("/undo")
-        self.session.undo()
-        self.turns.pop()
-        self.changed = True
-        return turn
+        while True:
+            turn = self.last("/undo")
+            self.session.undo()
+            self.turns.pop()
+            self.changed = True
+            if not turn.found:
+                return turn
 
     def last(self, command: str) -> Asked:
         """The last question. Raises PromptError when there is none."""
@@ -162,6 +168,19 @@ class ChatState:
             self.screen.note("stopped; what was said is kept · Ctrl-C again leaves")
         elif end["finish_reason"] == "length":
             self.screen.note("the answer was cut at its limit: say “go on”, or /set max_tokens 4096")
+        elif (calls := end.get("tool_calls")) and self.tools is not None:
+            self.rounds += 1
+            if self.rounds > MOST_ROUNDS:
+                self.screen.note(f"the model asked for tools {MOST_ROUNDS} times in a row: say what it should do")
+                return
+            results = self.tools.results(calls)
+            self._answer(Asked("", [], found=True), self.session.send(results, **self._options))
+
+    @property
+    def _options(self) -> OptionValues:
+        if self.tools is None:
+            return self.settings.values
+        return {**self.settings.values, "tools": self.tools.functions}
 
     def _take_back(self, turn: Asked) -> None:
         if sum(message["role"] == "user" for message in self.session.messages) > len(self.turns):
@@ -194,7 +213,7 @@ class ChatState:
 
     def new(self) -> None:
         """Begin a conversation with the system text of now."""
-        self.take(self.engine.session(system=self.system))
+        self.take(self.engine.session(system=self.system, adapter=self.adapter))
 
     def save(self, file: Path | None = None) -> Path | None:
         """Write the conversation to a file, or to the one that keeps it; None when there is nothing to write."""

@@ -148,7 +148,7 @@ def _save(talk: ChatState, rest: str) -> None:
 
 def _load(talk: ChatState, rest: str) -> None:
     file = _file("/load", rest)
-    session = talk.engine.session(resume=file)
+    session = talk.engine.session(resume=file, adapter=talk.adapter)
     if talk.file is None or talk.file.resolve() != file.resolve():  # else: back to what was saved
         talk.save()
     talk.take(session)

@@ -1,0 +1,130 @@
+"""What docs/forms.md says was measured.
+
+python bench/forms.py suite FOLDER   schemas of a checkout of JSON-Schema-Test-Suite: refused, or kept to
+python bench/forms.py speed          the 270M (extra 270m): free text, a form of free text, a form of long keys
+python bench/forms.py demo           the demo on fresh pictures: right answers among choices, and in a schema
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+SEEDS, MOST = 50, 120  # answers to each schema, and tokens of each
+
+
+def suite(folder: Path) -> None:
+    """Random tokens of those that are allowed, as an untrained model would choose them."""
+    import jsonschema
+    from tiny_tokenizer import write_tokenizer
+
+    from mlx_gemma3 import Tokenizer
+    from mlx_gemma3.errors import OptionError
+    from mlx_gemma3.grammar import schema
+    from mlx_gemma3.grammar.matcher import Grammar
+
+    words = Tokenizer.from_folder(write_tokenizer(Path(tempfile.mkdtemp())))
+    refused: Counter[str] = Counter()
+    held = whole = 0
+    for file in sorted((folder / "tests" / "draft2020-12").glob("*.json")):
+        for case in json.loads(file.read_text(encoding="utf-8")):
+            try:
+                grammar = Grammar(words, schema.lark(case["schema"]), "schema")
+            except OptionError as error:
+                refused[str(error).partition(", want")[0]] += 1
+                continue
+            held += 1
+            validator = jsonschema.Draft202012Validator(case["schema"])
+            for seed in range(SEEDS):
+                matcher, chance = grammar.start([1]), random.Random(seed)
+                for _ in range(MOST):
+                    if matcher.complete:
+                        break
+                    bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
+                    matcher.accept(int(chance.choice(np.flatnonzero(bits))))
+                if not matcher.complete:
+                    continue
+                whole += 1
+                try:
+                    fits = validator.is_valid(json.loads(matcher.text))
+                except Exception as error:  # of jsonschema: a pattern that Python's re does not know
+                    print(f"{file.stem}: {case['description']}: jsonschema {error!r}")
+                    break
+                if not fits:
+                    print(f"{file.stem}: {case['description']}: {matcher.text} does not fit {case['schema']}")
+    print(f"{held} schemas held to, {whole} whole answers; {sum(refused.values())} refused:")
+    for reason, count in refused.most_common():
+        print(f"  {count:3} {reason}")
+
+
+def speed() -> None:
+    """Tokens for a second of the processor's time: other programs disturb that less than the clock's."""
+    import mlx_gemma3 as g3
+
+    keys = ["merchant_registered_legal_name", "transaction_reference_number", "customer_loyalty_membership_level"]
+    values: list[Any] = [{"enum": ["gold", "silver", "none"]}, {"type": "boolean"}, {"enum": ["gold", "silver"]}]
+    named = {"type": "object", "properties": dict(zip(keys, values, strict=True)), "required": keys}
+    forms: dict[str, dict[str, Any]] = {
+        "free": {},
+        "text in a form": {"schema": {"type": "string", "minLength": 400, "maxLength": 500}},
+        "long keys": {"schema": named},
+    }
+    with g3.load("gemma-3-270m", text_only=True) as engine:
+        found = defaultdict(list)
+        for number in range(5):
+            for name, form in forms.items():
+                prompt = f"Story {number} of the sea and the old man: "
+                engine.generate(prompt, max_tokens=1)  # what is measured is writing
+                began, clock = time.process_time(), time.perf_counter()
+                tokens = len(engine.generate(prompt, max_tokens=48, temperature=0, **form).tokens)
+                found[name].append((tokens / (time.process_time() - began), tokens / (time.perf_counter() - clock)))
+        free = [float(np.median(column)) for column in zip(*found["free"], strict=True)]
+        for name, rates in found.items():
+            busy, clock = (float(np.median(column)) for column in zip(*rates, strict=True))
+            print(f"{name}: {busy / free[0]:.2f} of free by the processor's time, {clock / free[1]:.2f} by the clock's")
+
+
+def demo() -> None:
+    """Greedy answers to questions for one shape or one colour."""
+    import mlx_gemma3 as g3
+    from examples.demo_model.accuracy import messages
+    from examples.demo_model.questions import sample
+
+    asked = defaultdict(list)
+    for one in sample(99, 1100):
+        if one.question.language == "en":
+            asked[one.question.kind].append(one)
+    names = {kind: sorted({one.question.answer for one in asked[kind]}) for kind in ("shape", "colour")}
+    form = {"type": "object", "properties": {kind: {"enum": names[kind]} for kind in names}, "required": list(names)}
+    with g3.load("demo") as engine:
+        for kind, choices in names.items():
+            right = 0
+            for one in asked[kind][:50]:
+                said, pictures = messages(one.question, len(one.pictures)), list(one.pictures)
+                reply = engine.generate(said, images=pictures, choices=choices, temperature=0)
+                right += reply.parsed == one.question.answer
+            print(f"choices, {kind}: {right} of 50 right")
+        counts: Counter[str] = Counter()
+        for one in asked["name"][:50]:
+            pictures = list(one.pictures)
+            found = engine.generate("Which shape and colour?", images=pictures, schema=form, temperature=0).parsed
+            counts["valid"] += found is not None
+            counts.update(kind for kind in names if found is not None and found[kind] in one.question.answer)
+        print(f"schema: of 50 {dict(counts)}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["suite"]:
+        suite(Path(sys.argv[2]))
+    else:
+        {"speed": speed, "demo": demo}[sys.argv[1]]()
