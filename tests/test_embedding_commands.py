@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_embedding
-from test_embedding import write_gguf
+from test_embedding_files import write_gguf
 
 import mlx_gemma3 as g3
 from mlx_gemma3.errors import OptionError, PromptError
