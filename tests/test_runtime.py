@@ -258,11 +258,12 @@ def says(monkeypatch: pytest.MonkeyPatch) -> Says:
     def says(ids: list[int]) -> None:
         count: dict[batch.Row, int] = {}
 
-        def instead(row: batch.Row, *given: Any) -> batch.Written:
+        def instead(row: batch.Row, *given: Any) -> list[batch.Written]:
             at = count[row] = count.get(row, -1) + 1
-            written = replace(read(row, *given), token=ids[at] if at < len(ids) else 0)
+            (written,) = read(row, *given)
+            written = replace(written, token=ids[at] if at < len(ids) else 0)
             row._last = written.token
-            return written
+            return [written]
 
         monkeypatch.setattr(batch, "_read", instead)
 

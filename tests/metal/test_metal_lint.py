@@ -36,6 +36,7 @@ from mlx_gemma3.config import Config
 from mlx_gemma3.generation import sampling
 from mlx_gemma3.generation.batch import Batch, Row
 from mlx_gemma3.generation.choice import Chooser, choose
+from mlx_gemma3.generation.constraint import Constraint
 from mlx_gemma3.generation.prefill import usual_chunk
 from mlx_gemma3.generation.sampling import Sampling
 from mlx_gemma3.model.device import compiled
@@ -248,7 +249,7 @@ def test_a_draw_is_few_kernels() -> None:
 
 
 def test_a_choice_under_a_constraint() -> None:
-    class Even:
+    class Even(Constraint):
         def allowed(self) -> np.ndarray:
             return np.full(VOCABULARY // 32, 0x55555555, dtype=np.uint32)
 
