@@ -78,7 +78,7 @@ def run(host: Path, model: Path, folder: Path, requests: int, ending: str, *, se
     counts: dict[str, int] = json.loads(done.stdout)
     kinds = ("read", "cancelled", "dropped", "wrong_picture", "wrong_option")
     assert counts["requests"] == requests == sum(counts[kind] for kind in kinds)
-    assert all(counts[kind] for kind in kinds[:3])
+    assert counts["read"] and counts["cancelled"] + counts["dropped"]
     return counts
 
 
