@@ -164,7 +164,7 @@ def test_ctrl_c_in_the_programs_group_is_not_for_the_worker(chat_folder: Path) -
         "    signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "    os.killpg(0, signal.SIGINT)\n"
         "    time.sleep(0.3)\n"
-        "    print(remote.generate('the', max_tokens=2).finish_reason)\n"
+        "    print(remote.generate('the', max_tokens=2, seed=1).finish_reason)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(chat_folder)],

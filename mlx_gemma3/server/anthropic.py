@@ -17,7 +17,7 @@ from ..errors import Gemma3Error, RequestError
 from ..runtime.events import DoneEvent, Usage
 from .asking import Ask, Running, Service, status_of
 from .forms import answer_form, anthropic_options, from_anthropic
-from .http import JSON, Body, Flow, TooLarge, body, sse, until_gone
+from .http import JSON, Body, TooLarge, answered, body, sse, until_gone
 
 _HARMLESS = frozenset({"metadata", "service_tier", "betas", "context_management", "container", "cache_control"})
 _TYPES = {
@@ -74,12 +74,7 @@ async def messages(request: Request) -> Response:
     )
     running = await until_gone(request, service.begin(ask))
     answer = _Answer(running)
-    if asked.stream:
-        return Flow(answer.events(), "text/event-stream")
-    try:
-        return JSON(await until_gone(request, answer.whole()))
-    finally:
-        running.close()
+    return await answered(request, running.close, answer.whole, answer.events() if asked.stream else None)
 
 
 async def count_tokens(request: Request) -> Response:
@@ -146,8 +141,6 @@ class _Answer:
             yield event("message_stop")
         except Gemma3Error as error:
             yield sse(failure(error), "error")
-        finally:
-            self._running.close()
 
 
 def _ending(done: DoneEvent) -> dict[str, Any]:

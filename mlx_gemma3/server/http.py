@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -109,13 +109,35 @@ class JSON(Response):
         return json.dumps(content, separators=(",", ":")).encode()
 
 
+async def answered(
+    request: Request,
+    close: Callable[[], None],
+    whole: Callable[[], Coroutine[Any, Any, Any]],
+    pieces: AsyncIterator[bytes] | None,
+    media_type: str = "text/event-stream",
+) -> Response:
+    """The answer in pieces where there are any, else as one object; given up when the client goes away.
+
+    Args:
+        close: called in the end, whatever that was.
+        whole: makes the object.
+    """
+    if pieces is not None:
+        return Flow(pieces, media_type, close)
+    try:
+        return JSON(await until_gone(request, whole()))
+    finally:
+        close()
+
+
 class Flow(Response):
     """Pieces as they come. Ends its source when the client goes away; a client that reads slowly is waited for."""
 
-    def __init__(self, source: AsyncIterator[bytes], media_type: str) -> None:
+    def __init__(self, source: AsyncIterator[bytes], media_type: str, close: Callable[[], None]) -> None:
+        """close: called in the end, also where nothing was ever sent."""
         super().__init__(media_type=media_type, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._source = source
+        self._source, self._close = source, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pump, gone = asyncio.ensure_future(self._pump(send)), asyncio.ensure_future(_gone(receive))
@@ -128,6 +150,7 @@ class Flow(Response):
                 if not one.done():
                     one.cancel()
             await asyncio.gather(pump, gone, return_exceptions=True)
+            self._close()
 
     async def _pump(self, send: Send) -> None:
         async with aclosing(self._source) as source:  # type: ignore[type-var]

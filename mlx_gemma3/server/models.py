@@ -24,7 +24,6 @@ class Held:
 
     engine: Engine | None = None
     users: int = 0  # answers on their way
-    loaded_at: int = 0  # seconds since 1970
     weights_bytes: int = 0
     about: About | None = None  # known once it was loaded
 
@@ -145,7 +144,6 @@ class Models:
             raise
         held.about = engine.about
         held.weights_bytes = held.about["weights_bytes"] + held.about["unpacked_bytes"]
-        held.loaded_at = held.loaded_at or int(time())
         return engine
 
     def begin(self, model: Model) -> None:

@@ -17,7 +17,7 @@ from ..errors import Gemma3Error, RequestError
 from ..runtime.events import DoneEvent, ToolCall
 from .asking import Ask, Running, Service
 from .forms import tool_options
-from .http import JSON, Body, Flow, body, line, until_gone
+from .http import JSON, Body, answered, body, line, until_gone
 from .models import Model
 
 VERSION = "0.12.0"  # of Ollama's API: clients ask whether it knows what they need
@@ -140,13 +140,13 @@ async def _answer(
     service: Service = request.app.state.service
     ask = Ask(model=asked.model, prompt=prompt, options=options, chat=chat)
     running = await until_gone(request, service.begin(ask))
-    if asked.stream is not False:
-        return Flow(_lines(running, key), "application/x-ndjson")
-    try:
-        (done,) = await until_gone(request, running.replies())
-        return JSON({**_head(running.model), key: _said(key, done["text"], done.get("tool_calls")), **_ending(done)})
-    finally:
-        running.close()
+    pieces = _lines(running, key) if asked.stream is not False else None
+    return await answered(request, running.close, lambda: _whole(running, key), pieces, "application/x-ndjson")
+
+
+async def _whole(running: Running, key: str) -> dict[str, Any]:
+    (done,) = await running.replies()
+    return {**_head(running.model), key: _said(key, done["text"], done.get("tool_calls")), **_ending(done)}
 
 
 async def _lines(running: Running, key: str) -> AsyncIterator[bytes]:
@@ -160,8 +160,6 @@ async def _lines(running: Running, key: str) -> AsyncIterator[bytes]:
         yield line({**_head(running.model), key: _said(key, ""), **_ending(done)})
     except Gemma3Error as error:
         yield line(failure(error))
-    finally:
-        running.close()
 
 
 async def _loaded(request: Request, name: str | None, nothing: dict[str, Any]) -> Response:

@@ -18,7 +18,7 @@ from ..errors import Gemma3Error, RequestError
 from ..runtime.events import DoneEvent, TokenLogprob, ToolCallEvent, Usage
 from .asking import Ask, Running, Service, reading
 from .forms import answer_form, openai_calls, tool_options
-from .http import JSON, Body, Flow, body, comment, sse, until_gone
+from .http import Body, answered, body, comment, sse, until_gone
 from .openai import failure
 
 HARMLESS = frozenset(
@@ -107,12 +107,7 @@ async def chat_completions(request: Request) -> Response:
     asked = await body(request, ChatRequest, HARMLESS)
     running = await until_gone(request, service.begin(asked.ask()))
     answer = _Answer(running, asked)
-    if asked.stream:
-        return Flow(answer.chunks(), "text/event-stream")
-    try:
-        return JSON(await until_gone(request, answer.whole()))
-    finally:
-        running.close()
+    return await answered(request, running.close, answer.whole, answer.chunks() if asked.stream else None)
 
 
 class _Answer:
@@ -165,8 +160,6 @@ class _Answer:
             yield sse("[DONE]")
         except Gemma3Error as error:
             yield sse(failure(error))
-        finally:
-            self._running.close()
 
     @property
     def _with_usage(self) -> bool:

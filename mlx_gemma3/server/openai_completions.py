@@ -18,7 +18,7 @@ from starlette.responses import Response
 from ..errors import Gemma3Error, RequestError
 from ..runtime.events import DoneEvent, TokenLogprob
 from .asking import Ask, Running, Service, reading
-from .http import JSON, Flow, body, comment, sse, until_gone
+from .http import answered, body, comment, sse, until_gone
 from .openai import failure
 from .openai_chat import HARMLESS, Sampled, timings, usage_of
 
@@ -62,12 +62,7 @@ async def completions(request: Request) -> Response:
     asked = await body(request, CompletionRequest, HARMLESS)
     running = await until_gone(request, service.begin(*asked.asks()))
     answer = _Answer(running, asked)
-    if asked.stream:
-        return Flow(answer.chunks(), "text/event-stream")
-    try:
-        return JSON(await until_gone(request, answer.whole()))
-    finally:
-        running.close()
+    return await answered(request, running.close, answer.whole, answer.chunks() if asked.stream else None)
 
 
 class _Answer:
@@ -102,7 +97,7 @@ class _Answer:
         )  # with the token that ended it, which lm-eval counts on
         if self._asked.echo:
             before = done.get("prompt_logprobs", [])
-            text = self._prompt_text(index, before) + text
+            text = self._prompt_text(index) + text
             found = [*before, *found]
         return {
             "index": index,
@@ -111,7 +106,7 @@ class _Answer:
             "finish_reason": "length" if nothing else done["finish_reason"],
         }
 
-    def _prompt_text(self, index: int, before: list[TokenLogprob | None]) -> str:
+    def _prompt_text(self, index: int) -> str:
         prompt = self._prompt(index)
         return prompt if isinstance(prompt, str) else self._running.decode(prompt)
 
@@ -155,8 +150,6 @@ class _Answer:
             yield sse("[DONE]")
         except Gemma3Error as error:
             yield sse(failure(error))
-        finally:
-            self._running.close()
 
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

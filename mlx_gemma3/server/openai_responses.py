@@ -22,7 +22,7 @@ from ..errors import Gemma3Error, RequestError
 from ..runtime.events import DoneEvent, ToolCall, ToolCallEvent, Usage
 from .asking import Ask, Running, Service, reading
 from .forms import answer_form, from_responses, openai_calls, tool_options
-from .http import JSON, Body, Flow, body, comment, sse, until_gone
+from .http import JSON, Body, answered, body, comment, sse, until_gone
 from .openai import failure
 
 _HARMLESS = frozenset(
@@ -134,12 +134,7 @@ async def responses(request: Request) -> Response:
     ask = Ask(model=asked.model, prompt=[*system, *messages], options=options)
     running = await until_gone(request, service.begin(ask))
     answer = _Answer(running, asked, kept, messages)
-    if asked.stream:
-        return Flow(answer.events(), "text/event-stream")
-    try:
-        return JSON(await until_gone(request, answer.whole()))
-    finally:
-        running.close()
+    return await answered(request, running.close, answer.whole, answer.events() if asked.stream else None)
 
 
 async def response(request: Request) -> Response:
@@ -207,8 +202,6 @@ class _Answer:
             told = failure(error)["error"]
             failed = {**self._response("failed", []), "error": {"code": "server_error", "message": told["message"]}}
             yield self._event("response.failed", response=failed)
-        finally:
-            self._running.close()
 
     def _event(self, kind: str, **values: Any) -> bytes:
         self._number += 1

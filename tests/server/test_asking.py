@@ -38,7 +38,16 @@ def text(word: str) -> Any:
 
 async def chunks(running: Running) -> list[str]:
     asked = ChatRequest.model_validate({"messages": [{"role": "user", "content": "a"}], "stream": True})
-    return [piece.decode() async for piece in _Answer(running, asked).chunks()]
+    sent: list[str] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b"").decode())
+
+    await Flow(_Answer(running, asked).chunks(), "text/event-stream", running.close)({}, receive, send)
+    return [piece for piece in sent if piece]
 
 
 def test_silence_is_filled_and_progress_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +114,22 @@ def test_a_client_that_goes_away_cancels_and_one_that_is_slow_is_waited_for() ->
         for _ in range(1000):
             channel.put(text("word"))
         began = time.monotonic()
-        await Flow(_Answer(running, asked).chunks(), "text/event-stream")({}, receive, send)
+        await Flow(_Answer(running, asked).chunks(), "text/event-stream", running.close)({}, receive, send)
         assert time.monotonic() - began < 10
 
     asyncio.run(serve())
     assert len(sent) == 4 and channel.cancelled and running.closed
+
+
+def test_a_client_that_is_gone_before_the_first_byte_leaves_nothing_in_work() -> None:
+    service, running, (channel,) = begun(1)
+    asked = ChatRequest.model_validate({"messages": [{"role": "user", "content": "a"}], "stream": True})
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(60)
+
+    asyncio.run(Flow(_Answer(running, asked).chunks(), "text/event-stream", running.close)({}, receive, send))
+    assert channel.cancelled and running.closed and service.models.first.held.users == 0
