@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Callable
 
-from ..grammar.tools import new_id
 from .events import ToolCall, ToolCallEvent
 
 _HEAD = re.compile(r'\{"name": "([^"\\]+)", "parameters": ')
@@ -42,7 +42,7 @@ class Calls:
             head = _HEAD.search(self._text)
             if head is None:
                 return False
-            self._name, self._id, self._text = head[1], new_id(), self._text[head.end() :]
+            self._name, self._id, self._text = head[1], f"call_{secrets.token_hex(12)}", self._text[head.end() :]
             self._tell("")
             return True
         end = self._end()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
 from ..boundary.arguments import takes
 from ..errors import OptionError
@@ -24,10 +24,12 @@ from .loaded import About, EngineOptions
 from .options import Options, OptionValues
 from .prompts import processed, said
 from .request import Request
-from .running import Asks, run
 from .scheduler import Scheduler
 from .stream import AsyncStream, Messages, Picture, Piece, Reply, Stream
 from .thread import EngineThread
+
+if TYPE_CHECKING:
+    from .running import Asks
 
 __all__ = ["AsyncStream", "Engine", "Piece", "Reply", "Session", "Stream", "load"]
 
@@ -266,6 +268,8 @@ class Engine:
             OptionError: a tool that is no function, or has an argument that JSON has nothing for.
             Gemma3Error: whatever went wrong.
         """
+        from .running import run  # with what tools need: nobody else waits for it
+
         return run(self.generate, prompt, limit=limit, asks=asks, options={**options, "images": images})
 
     @takes(kind="text", dimensions="whole", normalize="switch", truncate="switch")

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from ..errors import Gemma3Error
 from ..generation.batch import Row, Written
 from ..generation.choice import Score
-from ..grammar.matcher import Matcher
 from ..prompt.tokenizer import Tokenizer
 from .answer import Answer, token_logprob
 from .calls import Calls
@@ -188,13 +187,13 @@ class Job:
 
     def _tell_form(self, done: DoneEvent) -> None:
         """What an answer in a form comes to."""
-        form, held = self.request.form, self.row.chooser.constraint if self.row is not None else None
+        form = self.request.form
         if self._calls is not None and self._calls.found:
             done["text"], done["tool_calls"] = "", self._calls.found
             if done["finish_reason"] == "stop":
                 done["finish_reason"] = "tool_calls"
-        elif form is not None and not form.tools and isinstance(held, Matcher):
-            done["parsed"] = form.parsed(held.text) if done["finish_reason"] == "stop" else None
+        elif form is not None and not form.tools and self.row is not None:
+            done["parsed"] = form.parsed(self.row.chooser.constraint) if done["finish_reason"] == "stop" else None
 
     def undo(self) -> None:
         """It failed: of the conversation nothing was said."""

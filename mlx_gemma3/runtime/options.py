@@ -133,6 +133,12 @@ class Options:
     tool_choice: str = _set("auto", "text", "auto, none, required, or the name of the one to call.", **_REQUEST)
     parallel_tool_calls: bool = _set(True, "switch", "Whether an answer may hold several calls.", **_REQUEST)
 
+    @property
+    def free(self) -> bool:
+        """Whether an answer may be anything; else runtime/forms.py says what it is held to."""
+        form = self.schema is not None or self.regex is not None or self.grammar is not None
+        return not (form or self.choices or self.tools or self.free_first)
+
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, argument(name, getattr(self, name), setting.kind, default_of(name)))

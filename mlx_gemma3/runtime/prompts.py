@@ -12,7 +12,6 @@ from ..errors import OptionError, PromptError
 from ..model.gemma3 import check_writes
 from ..prompt import messages as written
 from ..prompt import tools
-from .forms import declarations
 from .loaded import Loaded
 from .options import Options
 from .request import Prepared, Request
@@ -145,3 +144,12 @@ def check_tokens(options: Options, vocabulary: int) -> None:
     """Refuse ids that the vocabulary does not have. Raises OptionError."""
     if options.logit_bias and (most := max(options.logit_bias)) >= vocabulary:
         raise OptionError("logit_bias", got=f"token {most}", want=f"0 to {vocabulary - 1}")
+
+
+def declarations(options: Options) -> list[dict[str, Any]]:
+    """The tools that may be called, as the prompt says them."""
+    if not options.tools or options.tool_choice == "none":
+        return []
+    from ..grammar.tools import read  # nobody else waits for it
+
+    return [tool.declaration for tool in read(options.tools)]

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -36,10 +36,12 @@ from .finite import check_finite
 from .job import Job, done_event
 from .loaded import Loaded
 from .pool import Pool
-from .prompt_cache import PromptCache
 from .prompts import check_turn, end_ids, prepare
 from .request import Prepared
 from .timeline import FeatureCache, Timeline, Tokens
+
+if TYPE_CHECKING:
+    from .prompt_cache import PromptCache
 
 STEPS_A_CHUNK = 4  # a chunk takes as long as so many steps of those that write meanwhile
 SHORTEST_CHUNK = 16  # tokens
@@ -75,6 +77,8 @@ class Scheduler:
         options = loaded.options
         self.prompts: PromptCache | None = None
         if options.prompt_cache is not None:
+            from .prompt_cache import PromptCache  # nobody else waits for it
+
             self.prompts = PromptCache(
                 options.prompt_cache, options.prompt_cache_bytes, loaded, self.new_timeline, send
             )
