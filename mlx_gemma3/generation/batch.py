@@ -117,7 +117,9 @@ class Batch:
         rows = [row for row in self.rows if not row.over]
         if late := [row for row in rows if row._logits is not None]:
             _choose(late, _stacked([row._logits for row in late if row._logits is not None]))
+        drafting = perf_counter()
         drafts, held, failed = self._drafts(rows)
+        drafting = perf_counter() - drafting
         behind = [row for row in rows if row._behind]
         verified = [row for row in behind if drafts and len(row._behind) <= SHORT]
         self._catch_up([row for row in behind if row not in verified])
@@ -129,7 +131,8 @@ class Batch:
             tokens = sum(len(row._behind) + len(drafts[row].tokens if row in drafts else ()) for row in verified)
             found = self._verify(verified, drafts, going)
             count = len(verified) + len(going)
-            self.pace.took_pass(count, tokens + len(going), perf_counter() - began, len(found) + len(going))
+            seconds = perf_counter() - began - drafting
+            self.pace.took_pass(count, tokens + len(going), seconds, len(found) + len(going), drafting)
             written += found
         else:
             self._issue(going)
@@ -153,7 +156,8 @@ class Batch:
         if not asked:
             return {}, set(), []
         guesses = [_likeliest(row) for row in asked]
-        depths = self.pace.depths([odds for odds, _ in guesses], len(rows))
+        prices = [proposer.price for _, proposer in guesses]
+        depths = self.pace.depths([odds for odds, _ in guesses], len(rows), prices)
         drafts: dict[Row, Draft] = {}
         held: set[Row] = set()
         failed: list[Written] = []
