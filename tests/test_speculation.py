@@ -11,7 +11,7 @@ from test_batch import LIMIT, Writer, runner_of
 
 from mlx_gemma3.generation.batch import Batch, Row, decode
 from mlx_gemma3.generation.choice import Chooser
-from mlx_gemma3.generation.pace import Pace
+from mlx_gemma3.generation.depth import Depth
 from mlx_gemma3.generation.prefill import prefill
 from mlx_gemma3.generation.speculation import DraftModel, LookUp, Proposer
 from mlx_gemma3.model import cache
@@ -26,7 +26,7 @@ def small_slack(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-class AnyDepth(Pace):
+class AnyDepth(Depth):
     """Guesses as far as chance has it, whatever it costs."""
 
     def __init__(self, seed: int) -> None:

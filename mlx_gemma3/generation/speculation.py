@@ -26,7 +26,7 @@ import numpy as np
 from ..model.cache import Caches
 from ..model.runner import Runner
 from .choice import Chooser
-from .pace import MOST
+from .depth import MOST
 from .sampling import sample
 from .suffixes import Suffixes
 

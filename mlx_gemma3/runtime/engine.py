@@ -74,7 +74,8 @@ class Engine:
         prompt_cache: a folder for prompts that leave memory, made where there is none: each is read once, and found
             again after a restart. It may be shared with other programs and models. None: they are forgotten.
         prompt_cache_bytes: of all files in it; those not used for longest are deleted first.
-        draft: a smaller Gemma 3 of the same vocabulary, which guesses what this one will write.
+        draft: a smaller Gemma 3 of the same vocabulary, which guesses what this one will write. A model that does
+            not write has none.
         speculation: guess tokens that follow what was read or written before, and check several in one pass, where that
             is faster here (docs/speculation.md). It changes no token of an answer.
         force: load even where memory will not do.

@@ -84,6 +84,11 @@ class Loaded:
         self._weights_bytes = sum(array.nbytes for _, array in tree_flatten(runner.model.parameters()))
         self._weights_bytes += sum(adapter.nbytes for adapter in adapters.values()) * runner.dtype.size // 4
 
+    def holds_too(self, draft: Runner) -> None:
+        """Before anybody else knows of this: a draft model is loaded beside it."""
+        self._weights_bytes += sum(array.nbytes for _, array in tree_flatten(draft.model.parameters()))
+        self._unpacked_bytes += draft.unpacked_bytes
+
     @property
     def config(self) -> Config:
         return self.checkpoint.config

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..checkpoint.adapter import read_adapter
 from ..checkpoint.load import load_model, open_checkpoint
@@ -27,7 +26,7 @@ WARM_TOKENS = 64  # of a prompt: Metal multiplies one to eight rows by other ker
 def load(
     source: Source, options: EngineOptions, closing: Callable[[], bool]
 ) -> tuple[Loaded, Runner, int, Runner | None]:
-    """The model on this device, the bytes that it and its caches may take together, and the draft model.
+    """The model on this device, the bytes that everything may take together, and the draft model.
 
     Args:
         closing: asked between layers.
@@ -63,10 +62,10 @@ def load(
     budget = this_machine().budget
     bound_freed(budget)
     loaded, draft = Loaded(checkpoint, options, runner, adapters), None
-    if options.draft is not None:
+    if options.draft is not None and checkpoint.config.embedder is None:
         weights = loaded.about["weights_bytes"]
         draft = load_draft(options.draft, loaded, lambda: _check_open(closing), target_bytes=weights)
-        budget -= sum(array.nbytes for _, array in tree_flatten(draft.model.parameters()))
+        loaded.holds_too(draft)
     return loaded, runner, budget, draft
 
 
