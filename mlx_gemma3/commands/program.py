@@ -16,6 +16,7 @@ from ..errors import Gemma3Error
 from ..visible import one_line
 from .bench import bench
 from .chat import chat
+from .classify import classify
 from .convert import convert
 from .embed import embed
 from .evaluate import evaluate
@@ -59,6 +60,7 @@ def _program(
 app.command()(generate)
 app.command()(chat)
 app.command()(embed)
+app.command()(classify)
 app.command()(convert)
 app.command()(evaluate)
 app.command()(inspect)

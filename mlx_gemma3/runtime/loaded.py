@@ -33,6 +33,8 @@ class About(TypedDict):
     instruct: bool  # tuned for chat
     vision: bool  # takes pictures
     dimensions: NotRequired[int]  # of an embedding model's vectors
+    own_template: NotRequired[bool]  # true where turns are written by the checkpoint's own chat template
+    translates: NotRequired[bool]  # true of TranslateGemma: a turn is one text or picture, with its languages
     max_context: int  # tokens of a prompt and its answer
     weights_bytes: int
     unpacked_bytes: int  # of packed weights that a CPU keeps as float32 too, because it is faster so
@@ -132,6 +134,10 @@ class Loaded:
             adapters=list(self._adapters),
             notes=list(self.notes),
         )
+        if self.template is not None:
+            about["own_template"] = True
+        if self.translates:
+            about["translates"] = True
         if self.config.embedder is not None:
             about["dimensions"] = self.config.embedder.dimensions
         return about

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -41,8 +42,12 @@ class Settings:
             return "on" if value else "off"
         if value is None and setting.saved:
             return "the checkpoint's own"
+        if value is None and setting.kind == "text":
+            return "none"
         if value is None:
             return "a new one each time" if setting.usual is None else f"{setting.usual:g}"
+        if setting.kind == "values":
+            return " ".join(f"{key}={json.dumps(one, ensure_ascii=False)}" for key, one in value.items()) or "none"
         if setting.kind == "biases":
             return " ".join(f"{token}={bias:g}" for token, bias in value.items()) or "none"
         return " ".join(map(shlex.quote, value)) or "none" if setting.kind == "texts" else str(value)
@@ -57,6 +62,7 @@ class Settings:
             OptionError: there is none.
         """
         name = word.lower().replace("-", "_")
+        name = next((one for one in NAMES if SETTINGS[one].word == name), name)
         if name in NAMES:
             return name
         close = difflib.get_close_matches(name, NAMES, n=1)
