@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,7 +13,8 @@ from ...runtime.options import SETTINGS, Options, OptionValues, default_of
 from ..answers import typed
 
 # The other options belong to the whole conversation, or show nothing in a chat.
-NAMES = [name for name, setting in SETTINGS.items() if setting.talk]
+# Values for a chat template belong to the command line.
+NAMES = [name for name, setting in SETTINGS.items() if setting.talk and setting.kind != "values"]
 
 
 class Settings:
@@ -33,7 +33,7 @@ class Settings:
     @property
     def values(self) -> OptionValues:
         """As the keyword arguments of `Session.send`."""
-        return cast(OptionValues, {name: value for name, value in asdict(self._options).items() if name in NAMES})
+        return cast(OptionValues, {name: value for name, value in asdict(self._options).items() if SETTINGS[name].talk})
 
     def show(self, name: str) -> str:
         """The value in words."""
@@ -46,8 +46,6 @@ class Settings:
             return "none"
         if value is None:
             return "a new one each time" if setting.usual is None else f"{setting.usual:g}"
-        if setting.kind == "values":
-            return " ".join(f"{key}={json.dumps(one, ensure_ascii=False)}" for key, one in value.items()) or "none"
         if setting.kind == "biases":
             return " ".join(f"{token}={bias:g}" for token, bias in value.items()) or "none"
         return " ".join(map(shlex.quote, value)) or "none" if setting.kind == "texts" else str(value)
