@@ -8,7 +8,6 @@ python bench/forms.py demo           the demo on fresh pictures: right answers a
 from __future__ import annotations
 
 import json
-import random
 import sys
 import tempfile
 import time
@@ -24,44 +23,44 @@ SEEDS, MOST = 50, 120  # answers to each schema, and tokens of each
 
 
 def suite(folder: Path) -> None:
-    """Random tokens of those that are allowed, as an untrained model would choose them."""
+    """A random checkpoint, whose answers are nearly any of those that are allowed."""
     import jsonschema
+    import tiny
     from tiny_tokenizer import write_tokenizer
 
-    from mlx_gemma3 import Tokenizer
+    import mlx_gemma3 as g3
     from mlx_gemma3.errors import OptionError
-    from mlx_gemma3.grammar import schema
-    from mlx_gemma3.grammar.matcher import Grammar
 
-    words = Tokenizer.from_folder(write_tokenizer(Path(tempfile.mkdtemp())))
+    model = Path(tempfile.mkdtemp())
+    config = tiny.text_config()
+    tiny.write_folder(model, config, tiny.random_tensors(config))
+    write_tokenizer(model)
     refused: Counter[str] = Counter()
     held = whole = 0
-    for file in sorted((folder / "tests" / "draft2020-12").glob("*.json")):
-        for case in json.loads(file.read_text(encoding="utf-8")):
-            try:
-                grammar = Grammar(words, schema.lark(case["schema"]), "schema")
-            except OptionError as error:
-                refused[str(error).partition(", want")[0]] += 1
-                continue
-            held += 1
-            validator = jsonschema.Draft202012Validator(case["schema"])
-            for seed in range(SEEDS):
-                matcher, chance = grammar.start([1]), random.Random(seed)
-                for _ in range(MOST):
-                    if matcher.complete:
-                        break
-                    bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
-                    matcher.accept(int(chance.choice(np.flatnonzero(bits))))
-                if not matcher.complete:
-                    continue
-                whole += 1
+    with g3.load(model, parallel=SEEDS) as engine:
+        for file in sorted((folder / "tests" / "draft2020-12").glob("*.json")):
+            for case in json.loads(file.read_text(encoding="utf-8")):
+                schema = case["schema"]
                 try:
-                    fits = validator.is_valid(json.loads(matcher.text))
-                except Exception as error:  # of jsonschema: a pattern that Python's re does not know
-                    print(f"{file.stem}: {case['description']}: jsonschema {error!r}")
-                    break
-                if not fits:
-                    print(f"{file.stem}: {case['description']}: {matcher.text} does not fit {case['schema']}")
+                    replies = engine.generate(
+                        "the", n=SEEDS, seed=0, max_tokens=MOST, temperature=1.5, top_k=0, top_p=1.0, schema=schema
+                    )
+                except OptionError as error:
+                    refused[str(error).partition(", want")[0]] += 1
+                    continue
+                held += 1
+                validator = jsonschema.Draft202012Validator(schema)
+                for reply in replies:
+                    if reply.finish_reason != "stop":
+                        continue
+                    whole += 1
+                    try:
+                        fits = validator.is_valid(json.loads(reply.text))
+                    except Exception as error:  # of jsonschema: a pattern that Python's re does not know
+                        print(f"{file.stem}: {case['description']}: jsonschema {error!r}")
+                        break
+                    if not fits:
+                        print(f"{file.stem}: {case['description']}: {reply.text} does not fit {schema}")
     print(f"{held} schemas held to, {whole} whole answers; {sum(refused.values())} refused:")
     for reason, count in refused.most_common():
         print(f"  {count:3} {reason}")
