@@ -42,7 +42,7 @@ class Runner:
         Args:
             between: called before each layer; what it raises leaves the model as it was, its weights partly read.
         """
-        self.model, self.config = model, model.config
+        self.model, self.config, self.shard = model, model.config, model.shard
         self.dtype: mx.Dtype = model.language_model.norm.weight.dtype  # of the activations
         self.ahead = kernels is None or kernels.ahead  # a step may be issued before the one before is read
         self.unpacked_bytes = 0  # of packed matrices that are kept as float32 too
@@ -76,7 +76,7 @@ class Runner:
         if self._adapters is None:
             self._adapters = AdapterTerms(self.model.language_model, self._kernels.matrix, self.dtype)
         self._adapters.add(name, adapter)
-        if self.config.vision is not None:
+        if "vision_tower" in self.model:
             tower = adapted_tower(self.model.vision_tower, self._tower, adapter, self.dtype)
             if tower is not None:
                 self._towers[name] = tower
@@ -154,7 +154,7 @@ class Runner:
         """(B, L, D) → (B, L, V) float32."""
         if self._kernels is None:
             return self.model.head(hidden)
-        return self._kernels.multiply(hidden, self._head).astype(mx.float32)
+        return self.shard.logits(self._kernels.multiply(hidden, self._head), self.config.text).astype(mx.float32)
 
     def vectors(self, texts: Sequence[Sequence[int]], skipped: Sequence[int] | None = None) -> mx.array:
         """See Gemma3.vectors: N lists of ids → (N, E) float32."""
@@ -184,7 +184,7 @@ def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runn
         runner = Runner(model, gpu_kernels(), gpu_tower(), between)
         runner.unfused_chunk, runner.fused_from = unfused_tokens(), fused_from()
         return runner
-    tower = cpu.tower_kernels(model.vision_tower) if model.config.vision is not None else PLAIN
+    tower = cpu.tower_kernels(model.vision_tower) if "vision_tower" in model else PLAIN
     unpacked_bytes = cpu.unpacked_bytes(model)
     runner = Runner(model, cpu.kernels(unpack=unpacked_bytes > 0), tower, between)
     runner.unpacked_bytes = unpacked_bytes
