@@ -36,7 +36,7 @@ from .finite import check_finite
 from .job import Job, done_event
 from .loaded import Loaded
 from .pool import Pool
-from .prompts import check_turn, end_ids, prepare
+from .prompts import check_turn, end_ids, in_chat, prepare
 from .request import Prepared
 from .timeline import FeatureCache, Timeline, Tokens
 
@@ -165,7 +165,9 @@ class Scheduler:
 
     def new_conversation(self, system: str | None, adapter: str | None = None) -> Conversation:
         newline = tuple(self.loaded.tokenizer.encode("\n"))
-        return Conversation(self.new_timeline(adapter), self.loaded.end_of_turn, newline, system)
+        made = Conversation(self.new_timeline(adapter), self.loaded.end_of_turn, newline, system)
+        made.own, made.thought = self.loaded.template is not None, self.loaded.thought
+        return made
 
     def encode(self, name: str, view: NDArray[np.float32] | None, adapter: str | None = None) -> mx.array:
         """(T, D) features of a picture, as this adapter sees it."""
@@ -433,14 +435,22 @@ class Scheduler:
         assert timeline is not None and timeline.logits is not None and tokens is not None
         check_finite(timeline.logits, self.loaded.checkpoint)
         eos_ids = end_ids(self.loaded, request)
-        answer = Answer(self.loaded.tokenizer, eos_ids=eos_ids, stop=request.options.stop)
+        called = self.loaded.call_ids if in_chat(self.loaded, request) else frozenset()
+        answer = Answer(
+            self.loaded.tokenizer,
+            eos_ids=eos_ids,
+            stop=request.options.stop,
+            kept=called,
+            thought=self.loaded.thought,
+            thinks=self.loaded.thinking_after(tokens.ids),
+        )
         held = request.constraint
         if request.form is not None:
             held = request.form.start(self.loaded, eos_ids)
         sampling = request.options.sampling(self.loaded.checkpoint.generation)
         left = min(request.options.max_tokens, self.loaded.max_context - len(tokens))
         row = Row(timeline.caches, Chooser(sampling, tokens.ids, held), left)
-        job.writes(row, answer)
+        job.writes(row, answer, functions=bool(called) and (request.form is None or bool(request.form.tools)))
         if left < 1:
             self._end(job, "length")
             return
