@@ -185,6 +185,10 @@ class Job:
                 text = self._words
             usage["processed_tokens"] = len(self.tokens or ()) - usage["cached_tokens"]
             usage["completion_tokens"], usage["answer_seconds"] = len(ids), time.perf_counter() - self._read
+            if (row := self.row) is not None:
+                usage["passes"], usage["drafted_tokens"], usage["accepted_tokens"] = (
+                    row.passes, row.drafted, row.accepted,
+                )  # fmt: skip
             timeline.wrote(tuple(ids))
         usage["peak_memory_bytes"] = mx.get_peak_memory() if timeline is not None else 0
         if self.conversation is not None and timeline is not None:

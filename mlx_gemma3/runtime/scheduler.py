@@ -38,6 +38,7 @@ from .loaded import Loaded
 from .pool import Pool
 from .prompts import check_turn, end_ids, in_chat, prepare
 from .request import Prepared
+from .speculating import Speculation
 from .timeline import FeatureCache, Timeline, Tokens
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Scheduler:
         self._line: list[Job | Call] = []  # in the order in which they came
         self._readers: deque[Job] = deque()  # the next one to read a chunk stands first
         self._batch = Batch(runner)
+        self._speculation = Speculation(loaded)
         self._embeddings = EmbedQueue(runner)
         self._writers: dict[Row, Job] = {}
         self.device_errors = 0  # in a row
@@ -449,7 +451,8 @@ class Scheduler:
             held = request.form.start(self.loaded, eos_ids)
         sampling = request.options.sampling(self.loaded.checkpoint.generation)
         left = min(request.options.max_tokens, self.loaded.max_context - len(tokens))
-        row = Row(timeline.caches, Chooser(sampling, tokens.ids, held), left)
+        chooser = Chooser(sampling, tokens.ids, held)
+        row = Row(timeline.caches, chooser, left, self._speculation.proposers(tokens))
         job.writes(row, answer, functions=bool(called) and (request.form is None or bool(request.form.tools)))
         if left < 1:
             self._end(job, "length")
