@@ -23,6 +23,7 @@ from ..config import Config
 from ..errors import CheckpointError, ConfigError, OptionError
 from ..model.adapter import attach
 from ..model.gemma3 import Gemma3
+from ..model.shard import WHOLE, Shard, check_machines
 from ..prompt.chat_template import ChatTemplate
 from ..prompt.tokenizer import Tokenizer
 from ..visible import listed
@@ -114,6 +115,7 @@ def load_model(
     text_only: bool = False,
     late_embedding: bool = False,
     adapter: str | Path | None = None,
+    shard: Shard = WHOLE,
 ) -> Gemma3:
     """The model with its weights: lazy arrays where the file is safetensors, read when first evaluated.
 
@@ -125,25 +127,27 @@ def load_model(
         late_embedding: on the CPU leave an embedding of 16 bits as it is, for a model that will be fused: it is half
             of what a small model reads, and not needed in float32 before the second token.
         adapter: a folder of PEFT's, mlx-lm's or mlx-vlm's: its matrices are AdaptedLinear then.
+        shard: the part that this machine holds of the model; of safetensors nothing else is read.
 
     Raises:
         SourceError, ConfigError: no such source, or not Gemma 3; no adapter, or one that is not computed here.
         CheckpointError: tensors missing, extra, of a wrong shape, or files that are cut off.
-        OptionError: another dtype.
+        OptionError: another dtype, or a number of machines that the model does not divide among.
     """
     target = _dtype(dtype)
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(resolve(source, text_only=text_only, quiet=True), text_only=text_only)
+    check_machines(source.config, shard.size)
     text_only = text_only or source.text_only
     config = replace(source.config, vision=None) if text_only else source.config
     if source.gguf is None:
-        tensors = read_folder(source.path, config, text_only=text_only)
+        tensors = read_folder(source.path, config, text_only=text_only, shard=shard)
     else:
         header, projector = source.gguf
         projector = None if text_only else projector
         check_entries(config, gguf.GGUFStore(header, projector, config).entries, source.path)
-        tensors = gguf.read_tensors(header, projector, config, target)
-    model = fitted_model(config, tensors, where=source.path)
+        tensors = gguf.read_tensors(header, projector if shard.rank == 0 else None, config, target, shard)
+    model = fitted_model(config, tensors, where=source.path, shard=shard)
     late = late_embedding and target == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
     model.load_weights(
         [
@@ -167,7 +171,7 @@ def _dtype(name: str) -> mx.Dtype:
     return mx.float32 if name == "float32" else mx.bfloat16
 
 
-def fitted_model(config: Config, tensors: Mapping[str, mx.array], *, where: Path) -> Gemma3:
+def fitted_model(config: Config, tensors: Mapping[str, mx.array], *, where: Path, shard: Shard = WHOLE) -> Gemma3:
     """A model without its weights whose parameters are exactly these tensors: packed modules where they have scales.
 
     Nothing is evaluated.
@@ -175,7 +179,7 @@ def fitted_model(config: Config, tensors: Mapping[str, mx.array], *, where: Path
     Raises:
         CheckpointError: tensors missing or unknown, or of a wrong shape or type.
     """
-    model = Gemma3(config)
+    model = Gemma3(config, shard)
     packed = dict(packings(model, tensors, model.config.quantization, where))
     if packed:
         nn.quantize(model, class_predicate=lambda path, _: packed.get(path, False))

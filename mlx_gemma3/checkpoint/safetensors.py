@@ -25,7 +25,9 @@ import mlx.core as mx
 from ..boundary.reading import open_regular, parse_json, read_json
 from ..config import Config
 from ..errors import CheckpointError
+from ..model.shard import WHOLE, Shard
 from ..visible import listed
+from .parts import part_of
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "language_model.embed_tokens.weight"
@@ -302,17 +304,29 @@ def dense_weights(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def read_folder(folder: Path, config: Config, *, text_only: bool = False) -> dict[str, mx.array]:
+def read_folder(folder: Path, config: Config, *, text_only: bool = False, shard: Shard = WHOLE) -> dict[str, mx.array]:
     """The folder's tensors by canonical name: lazy arrays, read from disk when they are evaluated.
 
     Only what the model uses is in the result, so nothing else is ever read.
 
+    Args:
+        shard: of the model on this machine: other parts are not read.
+
     Raises:
         CheckpointError: as `locate`, or a file that MLX cannot read.
+        OptionError: groups of a packed matrix would be cut.
     """
-    places = locate(folder, config, text_only=text_only)
+    places = locate(folder, config, text_only=text_only or shard.rank > 0)
     files = {path: _map_file(path) for path in dict.fromkeys(place.path for place in places.values())}
-    tensors = {name: files[place.path][place.info.name] for name, place in places.items()}
+    tensors = {}
+    for name, place in places.items():
+        cut = shard.cut(name, place.info.shape, config.text)
+        info = place.info
+        tensors[name] = (
+            files[place.path][info.name]
+            if cut is None
+            else part_of(place.path, info.dtype, info.shape, info.start, *cut)
+        )
     if (weight := tensors.get(PATCH_WEIGHT)) is not None:
         tensors[PATCH_WEIGHT] = channels_last(weight)
     return tensors

@@ -22,6 +22,7 @@ from . import embedder
 from .cache import Caches, check_padding
 from .context import Chunk, Texts
 from .layers import Linear
+from .shard import WHOLE, Shard, check_machines
 from .text import TextModel
 from .vision import PLAIN, Projector, TowerKernels, VisionTower
 
@@ -32,13 +33,22 @@ class Gemma3(nn.Module):
     runner.py runs it on a device.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, shard: Shard = WHOLE) -> None:
+        """
+        Args:
+            config: of the whole model.
+            shard: the part of it that this machine holds.
+
+        Raises:
+            OptionError: the model does not divide among so many machines.
+        """
         super().__init__()
-        self.config = config
-        self.language_model = TextModel(config.text)
+        check_machines(config, shard.size)
+        self.config, self.shard = config, shard
+        self.language_model = TextModel(config.text, shard)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        if config.vision is not None:
+            self.lm_head = Linear(config.text.hidden_size, len(shard.vocabulary(config.text)), bias=False)
+        if config.vision is not None and shard.rank == 0:
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config, config.vision)
         if config.embedder is not None and config.embedder.dense:
@@ -132,7 +142,7 @@ class Gemma3(nn.Module):
         """(B, L, D) → (B, L, V) float32: the embedding, unscaled, or lm_head where the checkpoint has its own."""
         tied = self.config.tie_word_embeddings
         logits = self.language_model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
-        return logits.astype(mx.float32)
+        return self.shard.logits(logits, self.config.text).astype(mx.float32)
 
     def vectors(self, texts: Sequence[Sequence[int]], skipped: Sequence[int] | None = None) -> mx.array:
         """The vectors of an embedding model (`config.embedder`).

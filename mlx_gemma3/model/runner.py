@@ -2,11 +2,13 @@
 
 prompt  ─ read ─ hidden ─ head ─ logits          a chunk of one sequence, into its caches
 tokens  ─ step ─ logits                          one token of each of several sequences, each into its own caches
+tokens  ─ verify ─ logits ─ take_back            some tokens of each, of which the last may turn out wrong
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,7 +44,7 @@ class Runner:
         Args:
             between: called before each layer; what it raises leaves the model as it was, its weights partly read.
         """
-        self.model, self.config = model, model.config
+        self.model, self.config, self.shard = model, model.config, model.shard
         self.dtype: mx.Dtype = model.language_model.norm.weight.dtype  # of the activations
         self.ahead = kernels is None or kernels.ahead  # a step may be issued before the one before is read
         self.unpacked_bytes = 0  # of packed matrices that are kept as float32 too
@@ -76,7 +78,7 @@ class Runner:
         if self._adapters is None:
             self._adapters = AdapterTerms(self.model.language_model, self._kernels.matrix, self.dtype)
         self._adapters.add(name, adapter)
-        if self.config.vision is not None:
+        if "vision_tower" in self.model:
             tower = adapted_tower(self.model.vision_tower, self._tower, adapter, self.dtype)
             if tower is not None:
                 self._towers[name] = tower
@@ -129,6 +131,30 @@ class Runner:
         Args:
             rows: the caches of each sequence, B of them, each of one sequence without padding.
         """
+        return self._step(tokens, rows, None)
+
+    def verify(self, tokens: mx.array, rows: Sequence[Caches], counts: Sequence[int], last: Sequence[int]) -> mx.array:
+        """As `step`, several tokens of each sequence, which may be a guess: `take_back` takes the wrong ones back.
+
+        Args:
+            tokens: (T,) int32, those of the first sequence before those of the next.
+            counts: how many are of each sequence, at least 1; T together.
+            last: of how many of each, the last, logits are wanted.
+
+        Returns:
+            (sum of `last`, V) float32.
+        """
+        return self._step(tokens, rows, counts, last)
+
+    def take_back(self, rows: Sequence[Caches], counts: Sequence[int]) -> None:
+        """Forget the last tokens of each sequence: no more than `Caches.slack`, of those that `verify` read last."""
+        for caches, count in zip(rows, counts, strict=True):
+            if count:
+                caches.take_back(count)
+
+    def _step(
+        self, tokens: mx.array, rows: Sequence[Caches], counts: Sequence[int] | None, last: Sequence[int] = ()
+    ) -> mx.array:
         if self._widen_at_step:
             assert self._kernels is not None
             embedding = self.model.language_model.embed_tokens
@@ -139,7 +165,15 @@ class Runner:
             assert caches.padding is None, _PADDED
             caches.ends_in_image = False
         hidden = self.model.language_model.embed(tokens[:, None])
-        return self.head(self._decode(hidden, Step(rows), [caches.adapter for caches in rows]))[:, 0]
+        names = [caches.adapter for caches in rows]
+        if counts is None:
+            return self.head(self._decode(hidden, Step(rows), names))[:, 0]
+        names = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+        found = self._decode(hidden, Step(rows, counts), names)
+        if list(counts) != list(last):
+            ends = accumulate(counts)
+            found = found[mx.array([at for end, some in zip(ends, last, strict=True) for at in range(end - some, end)])]
+        return self.head(found)[:, 0]
 
     def _decode(
         self, rows: mx.array, context: Context, names: Sequence[str | None], *, last_only: bool = False
@@ -154,7 +188,7 @@ class Runner:
         """(B, L, D) → (B, L, V) float32."""
         if self._kernels is None:
             return self.model.head(hidden)
-        return self._kernels.multiply(hidden, self._head).astype(mx.float32)
+        return self.shard.logits(self._kernels.multiply(hidden, self._head), self.config.text).astype(mx.float32)
 
     def vectors(self, texts: Sequence[Sequence[int]], skipped: Sequence[int] | None = None) -> mx.array:
         """See Gemma3.vectors: N lists of ids → (N, E) float32."""
@@ -184,7 +218,7 @@ def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runn
         runner = Runner(model, gpu_kernels(), gpu_tower(), between)
         runner.unfused_chunk, runner.fused_from = unfused_tokens(), fused_from()
         return runner
-    tower = cpu.tower_kernels(model.vision_tower) if model.config.vision is not None else PLAIN
+    tower = cpu.tower_kernels(model.vision_tower) if "vision_tower" in model else PLAIN
     unpacked_bytes = cpu.unpacked_bytes(model)
     runner = Runner(model, cpu.kernels(unpack=unpacked_bytes > 0), tower, between)
     runner.unpacked_bytes = unpacked_bytes

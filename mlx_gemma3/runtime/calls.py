@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Callable
 
-from ..grammar.tools import new_id
 from ..prompt.tool_calls import END, RESPONSE, START, read_call
 from .events import ToolCall, ToolCallEvent
 
@@ -47,7 +47,7 @@ class Calls:
             head = _HEAD.search(self._text)
             if head is None:
                 return False
-            self._name, self._id, self._text = head[1], new_id(), self._text[head.end() :]
+            self._name, self._id, self._text = head[1], _new_id(), self._text[head.end() :]
             self._tell("")
             return True
         end = self._end()
@@ -120,7 +120,7 @@ class FunctionCalls:
         call = read_call(inside)
         if call is None:
             return f"{START}{inside}{end}"
-        found = ToolCall(id=new_id(), name=call["name"], arguments=call["arguments"])
+        found = ToolCall(id=_new_id(), name=call["name"], arguments=call["arguments"])
         at = len(self.found)
         self.found.append(found)
         for arguments in ("", json.dumps(call["arguments"], ensure_ascii=False)):
@@ -134,3 +134,8 @@ class FunctionCalls:
                 }
             )
         return ""
+
+
+def _new_id() -> str:
+    """A name for a call."""
+    return f"call_{secrets.token_hex(12)}"

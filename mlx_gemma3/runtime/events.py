@@ -65,6 +65,9 @@ class Usage(TypedDict):
     prompt_seconds: float  # from the answer's turn to the prompt read
     first_token_seconds: float  # from there to the first token
     answer_seconds: float  # from the prompt read to the end
+    passes: int  # of the model over tokens of the answer
+    drafted_tokens: int  # that were guessed, and checked in these passes
+    accepted_tokens: int  # of them right
     peak_memory_bytes: int  # of the whole engine
     images: int
     images_encoded: int  # of them not seen before
@@ -114,6 +117,6 @@ def no_usage() -> Usage:
     """Of an answer that was never begun."""
     return Usage(
         prompt_tokens=0, cached_tokens=0, cached_from="", processed_tokens=0, completion_tokens=0, prompt_seconds=0.0,
-        first_token_seconds=0.0, answer_seconds=0.0, peak_memory_bytes=0, images=0, images_encoded=0,
-        prepare_seconds=0.0,
+        first_token_seconds=0.0, answer_seconds=0.0, passes=0, drafted_tokens=0, accepted_tokens=0, peak_memory_bytes=0,
+        images=0, images_encoded=0, prepare_seconds=0.0,
     )  # fmt: skip

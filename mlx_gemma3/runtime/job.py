@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from ..errors import Gemma3Error
 from ..generation.batch import Row, Written
 from ..generation.choice import Score
-from ..grammar.matcher import Matcher
 from ..prompt.tokenizer import Tokenizer
 from .answer import Answer, token_logprob
 from .calls import Calls, FunctionCalls
@@ -186,6 +185,10 @@ class Job:
                 text = self._words
             usage["processed_tokens"] = len(self.tokens or ()) - usage["cached_tokens"]
             usage["completion_tokens"], usage["answer_seconds"] = len(ids), time.perf_counter() - self._read
+            if (row := self.row) is not None:
+                usage["passes"], usage["drafted_tokens"], usage["accepted_tokens"] = (
+                    row.passes, row.drafted, row.accepted,
+                )  # fmt: skip
             timeline.wrote(tuple(ids))
         usage["peak_memory_bytes"] = mx.get_peak_memory() if timeline is not None else 0
         if self.conversation is not None and timeline is not None:
@@ -206,14 +209,14 @@ class Job:
 
     def _tell_form(self, done: DoneEvent, text: str) -> None:
         """What an answer in a form comes to."""
-        form, held = self.request.form, self.row.chooser.constraint if self.row is not None else None
+        form = self.request.form
         if self._calls is not None and self._calls.found:
             done["text"] = text.strip() if isinstance(self._calls, FunctionCalls) else ""
             done["tool_calls"] = self._calls.found
             if done["finish_reason"] == "stop":
                 done["finish_reason"] = "tool_calls"
-        elif form is not None and not form.tools and isinstance(held, Matcher):
-            done["parsed"] = form.parsed(held.text) if done["finish_reason"] == "stop" else None
+        elif form is not None and not form.tools and self.row is not None:
+            done["parsed"] = form.parsed(self.row.chooser.constraint) if done["finish_reason"] == "stop" else None
 
     def undo(self) -> None:
         """It failed: of the conversation nothing was said."""

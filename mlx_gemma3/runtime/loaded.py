@@ -56,6 +56,7 @@ class EngineOptions:
     adapters: Mapping[str, str | Path] = field(default_factory=dict)  # folders by name
     prompt_cache: str | Path | None = None
     prompt_cache_bytes: int = 20 * 10**9
+    speculation: bool = True
     force: bool = False
     quiet: bool = False
 

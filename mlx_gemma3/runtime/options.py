@@ -146,6 +146,20 @@ class Options:
     source_lang: str | None = _set(None, "text", "TranslateGemma: the language of the text, as de.", word="from")
     target_lang: str | None = _set(None, "text", "TranslateGemma: the language to put it into, as en.", word="to")
 
+    @property
+    def free(self) -> bool:
+        """Whether an answer may be anything; else runtime/forms.py says what it is held to."""
+        form = self.schema is not None or self.regex is not None or self.grammar is not None
+        return not (form or self.choices or self.tools or self.free_first)
+
+    def declarations(self) -> list[dict[str, Any]]:
+        """The tools that may be called, as the prompt says them."""
+        if not self.tools or self.tool_choice == "none":
+            return []
+        from ..grammar.tools import read  # nobody else waits for it
+
+        return [tool.declaration for tool in read(self.tools)]
+
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, argument(name, getattr(self, name), setting.kind, default_of(name)))

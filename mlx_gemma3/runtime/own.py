@@ -18,7 +18,6 @@ from ..errors import OptionError, PromptError
 from ..prompt import tools
 from ..prompt.chat_template import ChatTemplate
 from ..prompt.messages import items, kept
-from .forms import declarations
 from .loaded import Loaded
 from .options import Options
 from .stream import Messages, Picture
@@ -36,7 +35,7 @@ def own_messages(loaded: Loaded, prompt: Messages, options: Options) -> list[Any
     """
     template, messages = loaded.template, kept(list(prompt))
     assert template is not None
-    declared = declarations(options)
+    declared = options.declarations()
     leads = bool(messages) and isinstance(messages[0], Mapping) and messages[0].get("role") in ("system", "developer")
     if options.system is not None:
         if leads:
@@ -63,7 +62,7 @@ def template_values(loaded: Loaded, options: Options) -> dict[str, Any]:
     """What else the template is given."""
     if loaded.template is None:
         return {}
-    declared = declarations(options) if "tools" in loaded.template.variables else []
+    declared = options.declarations() if "tools" in loaded.template.variables else []
     named = [{"type": "function", "function": one} for one in declared]
     return {"tools": named or None, "template_args": options.template_args}
 

@@ -13,7 +13,6 @@ from ..errors import OptionError, PromptError
 from ..model.gemma3 import check_writes
 from ..prompt import messages as written
 from ..prompt import tools
-from .forms import declarations
 from .loaded import Loaded
 from .options import Options
 from .own import own_messages, own_turn, template_values
@@ -48,7 +47,7 @@ def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared | 
             said_so_far = own_messages(loaded, conversation.whole(turn), options)
             return processed(loaded, said_so_far, [], options, progress)
         _refuse_own(options)
-        prompt: str | Messages = conversation.question(request.prompt, len(request.images), declarations(options))
+        prompt: str | Messages = conversation.question(request.prompt, len(request.images), options.declarations())
     else:
         assert request.prompt is not None, "only a conversation answers its last turn again"
         prompt = said(loaded, request.prompt, request.images, options)
@@ -66,7 +65,7 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
     Raises:
         OptionError, PromptError: options that do not belong to such a prompt.
     """
-    declared = declarations(options)
+    declared = options.declarations()
     if is_tokens(prompt):
         if options.system is not None or options.continue_final_message or images:
             raise PromptError(

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..generation.constraint import Constraint
-from .forms import Form, held
 from .options import Options
 from .stream import Channel, Messages, Picture
 from .timeline import Tokens
 
 if TYPE_CHECKING:
     from .conversation import Conversation
+    from .forms import Form
 
 
 @dataclass(frozen=True)
@@ -53,5 +53,13 @@ class Request(Channel):
         super().__init__(options.schema)
         self.prompt, self.images, self.options, self.conversation = prompt, list(images), options, conversation
         self.like, self.constraint, self.second_bos = like, constraint, second_bos
-        self.form: Form | None = held(options) if like is None else like.form
+        self.form: Form | None = _form(options) if like is None else like.form
         self.prepared: Prepared | None = None  # set once, by the engine's thread
+
+
+def _form(options: Options) -> Form | None:
+    if options.free:
+        return None
+    from .forms import Form  # with what grammars need: nobody else waits for it
+
+    return Form(options)

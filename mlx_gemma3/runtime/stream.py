@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from ..boundary.arguments import takes
 from ..errors import ClosedError, Gemma3Error, OptionError
-from ..grammar.hints import instance, is_model
 from .events import Event, TokenLogprob, ToolCall, Usage
 
 Messages = Sequence[dict[str, Any]]
@@ -116,7 +115,11 @@ class Channel:
             OptionError: the type's own checks refuse it.
         """
         kind = self.schema
-        if parsed is None or not is_model(kind):
+        if parsed is None or not isinstance(kind, type):
+            return parsed
+        from ..grammar.hints import instance, is_model  # nobody else waits for it
+
+        if not is_model(kind):
             return parsed
         try:
             return instance(kind, parsed)
