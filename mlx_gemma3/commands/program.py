@@ -25,6 +25,7 @@ from .inspect import inspect
 from .serve import serve
 from .streams import OutputLost
 from .terminal import say, tell
+from .tune import tune
 from .worker import worker
 
 app = typer.Typer(
@@ -60,6 +61,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(embed)
 app.command()(convert)
+app.command()(tune)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(fit)
