@@ -19,7 +19,20 @@ from ..visible import one_line
 from .streams import OutputLost
 from .terminal import say, tell
 
-_NAMES = ("generate", "chat", "embed", "classify", "convert", "evaluate", "inspect", "fit", "bench", "serve", "worker")
+_NAMES = (
+    "generate",
+    "chat",
+    "embed",
+    "classify",
+    "convert",
+    "tune",
+    "evaluate",
+    "inspect",
+    "fit",
+    "bench",
+    "serve",
+    "worker",
+)
 
 
 class _Commands(UserDict[str, Any]):
