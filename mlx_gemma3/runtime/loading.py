@@ -18,12 +18,15 @@ from ..model.runner import Runner, on_device
 from .fitting import USUAL_CONTEXT, check_memory
 from .loaded import EngineOptions, Loaded
 from .options import Options
+from .speculating import load_draft
 
 WARM_TOKENS = 64  # of a prompt: Metal multiplies one to eight rows by other kernels than many
 
 
-def load(source: Source, options: EngineOptions, closing: Callable[[], bool]) -> tuple[Loaded, Runner, int]:
-    """The model on this device, and the bytes that everything may take together.
+def load(
+    source: Source, options: EngineOptions, closing: Callable[[], bool]
+) -> tuple[Loaded, Runner, int, Runner | None]:
+    """The model on this device, the bytes that everything may take together, and the draft model.
 
     Args:
         closing: asked between layers.
@@ -58,7 +61,12 @@ def load(source: Source, options: EngineOptions, closing: Callable[[], bool]) ->
     release()
     budget = this_machine().budget
     bound_freed(budget)
-    return Loaded(checkpoint, options, runner, adapters), runner, budget
+    loaded, draft = Loaded(checkpoint, options, runner, adapters), None
+    if options.draft is not None and checkpoint.config.embedder is None:
+        weights = loaded.about["weights_bytes"]
+        draft = load_draft(options.draft, loaded, lambda: _check_open(closing), target_bytes=weights)
+        loaded.holds_too(draft)
+    return loaded, runner, budget, draft
 
 
 def wired_bytes(loaded: Loaded, runner: Runner) -> int:
