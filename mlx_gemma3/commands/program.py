@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..boundary.launch import launched
 from ..boundary.system import check_system
-from ..errors import Gemma3Error
+from ..errors import Gemma3Error, OptionError
 from ..visible import one_line
 from .bench import bench
 from .chat import chat
@@ -22,6 +23,7 @@ from .evaluate import evaluate
 from .fit import fit
 from .generate import generate
 from .inspect import inspect
+from .machines import ALONE, ON_MACHINES, follow_first
 from .serve import serve
 from .streams import OutputLost
 from .terminal import say, tell
@@ -49,11 +51,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _program(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
     check_system()
+    if launched() and context.invoked_subcommand in ON_MACHINES:
+        follow_first()
+    elif launched() and context.invoked_subcommand in ALONE:
+        raise OptionError(
+            context.invoked_subcommand, got="several machines (mlx.launch)", want="one", do="run it without mlx.launch"
+        )
 
 
 app.command()(generate)
