@@ -24,6 +24,7 @@ from ..errors import CheckpointError, ConfigError, OptionError
 from ..model.adapter import attach
 from ..model.gemma3 import Gemma3
 from ..model.shard import WHOLE, Shard, check_machines
+from ..prompt.chat_template import ChatTemplate
 from ..prompt.tokenizer import Tokenizer
 from ..visible import listed
 from . import gguf, gguf_config
@@ -34,7 +35,7 @@ from .packings import dtype_name, packings
 from .safetensors import EMBEDDING, is_vision, read_folder
 from .sentence import read_embedder
 from .source import Source, resolve
-from .tuned import find_template, gguf_template, judge
+from .tuned import folder_template, gguf_templates, judge
 
 NO_DENSE = (
     "this embedding model holds no dense matrices: its vectors are the pooled hidden states, and no vectors of "
@@ -55,6 +56,8 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # sentences for whoever loads it
     gguf: tuple[GGUFHeader, GGUFHeader | None] | None = field(default=None, repr=False, compare=False)
     no_pictures: str = ""  # what to do where a vision part is missing
+    # its own chat templates; None where turns are written as Gemma 3 writes them
+    template: ChatTemplate | None = field(default=None, repr=False, compare=False)
 
     def tokenizer(self) -> Tokenizer:
         """Read the vocabulary. Raises TokenizerError without a usable one."""
@@ -75,15 +78,14 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
             config = replace(config, embedder=read_embedder(source.path, config.text))
         tied = config.embedder is not None or (config.tie_word_embeddings and not has_own_head(source.path))
         generation = _read_generation(source.path / "generation_config.json")
-        headers, missing, found = None, "", find_template(source.path)
-        template = found[1] if found is not None else None
+        headers, missing, template = None, "", folder_template(source.path)
     else:
         header, vision_part, missing = gguf_config.read_headers(source.path, text_only=text_only)
         headers = (header, vision_part)
         config = gguf_config.read_config(*headers)
         tied = not gguf_has_own_head(header)
         generation = _gguf_generation(header)
-        template = gguf_template(header)
+        template = gguf_templates(header)
         names.append(str(header.settings.get("general.name", "")))
     instruct, notes = judge(source.name, template, names) if config.embedder is None else (False, [])
     if config.embedder is not None and not config.embedder.dense:
@@ -101,6 +103,7 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
         notes=tuple(notes),
         gguf=headers,
         no_pictures=missing,
+        template=template if config.embedder is None and template is not None and template.is_own else None,
     )
 
 

@@ -67,7 +67,7 @@ def chat(
     force: Annotated[bool, typer.Option("--force", help="Load even where memory will not do.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes: answers and errors only.")] = False,
 ) -> None:
-    """ChatState with a model, in words and pictures. /help shows the commands."""
+    """Talk with a model, in words and pictures. /help shows the commands."""
     from ..prompt.address import is_address
     from ..runtime.fetching import must_be_fetched
     from .talk.loading import Loading

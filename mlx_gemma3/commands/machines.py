@@ -11,7 +11,7 @@ from .streams import leave
 from .terminal import tell
 
 ON_MACHINES = frozenset(("generate", "chat", "serve", "bench"))
-ALONE = frozenset(("embed", "evaluate", "worker"))
+ALONE = frozenset(("embed", "evaluate", "tune", "worker"))
 
 
 def follow_first() -> None:

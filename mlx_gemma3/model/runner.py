@@ -2,11 +2,13 @@
 
 prompt  ─ read ─ hidden ─ head ─ logits          a chunk of one sequence, into its caches
 tokens  ─ step ─ logits                          one token of each of several sequences, each into its own caches
+tokens  ─ verify ─ logits ─ take_back            some tokens of each, of which the last may turn out wrong
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -147,6 +149,30 @@ class Runner:
         Args:
             rows: the caches of each sequence, B of them, each of one sequence without padding.
         """
+        return self._step(tokens, rows, None)
+
+    def verify(self, tokens: mx.array, rows: Sequence[Caches], counts: Sequence[int], last: Sequence[int]) -> mx.array:
+        """As `step`, several tokens of each sequence, which may be a guess: `take_back` takes the wrong ones back.
+
+        Args:
+            tokens: (T,) int32, those of the first sequence before those of the next.
+            counts: how many are of each sequence, at least 1; T together.
+            last: of how many of each, the last, logits are wanted.
+
+        Returns:
+            (sum of `last`, V) float32.
+        """
+        return self._step(tokens, rows, counts, last)
+
+    def take_back(self, rows: Sequence[Caches], counts: Sequence[int]) -> None:
+        """Forget the last tokens of each sequence: no more than `Caches.slack`, of those that `verify` read last."""
+        for caches, count in zip(rows, counts, strict=True):
+            if count:
+                caches.take_back(count)
+
+    def _step(
+        self, tokens: mx.array, rows: Sequence[Caches], counts: Sequence[int] | None, last: Sequence[int] = ()
+    ) -> mx.array:
         if self._widen_at_step:
             assert self._kernels is not None
             embedding = self.model.language_model.embed_tokens
@@ -157,7 +183,15 @@ class Runner:
             assert caches.padding is None, _PADDED
             caches.ends_in_image = False
         hidden = self.model.language_model.embed(tokens[:, None])
-        return self.head(self._decode(hidden, Step(rows), [caches.adapter for caches in rows]))[:, 0]
+        names = [caches.adapter for caches in rows]
+        if counts is None:
+            return self.head(self._decode(hidden, Step(rows), names))[:, 0]
+        names = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+        found = self._decode(hidden, Step(rows, counts), names)
+        if list(counts) != list(last):
+            ends = accumulate(counts)
+            found = found[mx.array([at for end, some in zip(ends, last, strict=True) for at in range(end - some, end)])]
+        return self.head(found)[:, 0]
 
     def _decode(
         self, rows: mx.array, context: Context, names: Sequence[str | None], *, last_only: bool = False

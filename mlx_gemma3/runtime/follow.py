@@ -232,6 +232,11 @@ class LeadingRunner(Runner):
             sent = self.shard.from_first(tokens.astype(mx.int32), tokens.shape, mx.int32)
             return self._begun(super().step(sent, rows))
 
+    def verify(self, tokens: mx.array, rows: Sequence[Caches], counts: Sequence[int], last: Sequence[int]) -> mx.array:
+        with self._command("verify", _numbers(rows), list(counts), list(last)):
+            sent = self.shard.from_first(tokens.astype(mx.int32), tokens.shape, mx.int32)
+            return self._begun(super().verify(sent, rows, counts, last))
+
     def head(self, hidden: mx.array) -> mx.array:
         if self._within:
             return super().head(hidden)
@@ -270,6 +275,10 @@ class LedCaches(Caches):
         taken = any(id(snapshot) not in old for snapshot in self.snapshots)
         if taken or len(self.snapshots) < len(before):
             self.lead.write("snapshot", self.number, taken, [snapshot.position for snapshot in self.snapshots])
+
+    def take_back(self, count: int) -> None:
+        super().take_back(count)
+        self.lead.write("take_back", self.number, count)
 
     def rewind(self, position: int) -> mx.array | None:
         logits = super().rewind(position)
@@ -329,6 +338,8 @@ class Follower:
             "rewind": lambda number, position: self._nothing(self.caches[number].rewind(position)),
             "read": self._read,
             "step": self._step,
+            "verify": self._verify,
+            "take_back": lambda number, count: self.caches[number].take_back(count),
             "head": self._head,
             "state": self._state,
             "restore": self._restored,
@@ -375,6 +386,10 @@ class Follower:
     def _step(self, numbers: list[int]) -> mx.array:
         tokens = self.runner.shard.from_first(None, (len(numbers),), mx.int32)
         return self.runner.step(tokens, [self.caches[number] for number in numbers])
+
+    def _verify(self, numbers: list[int], counts: list[int], last: list[int]) -> mx.array:
+        tokens = self.runner.shard.from_first(None, (sum(counts),), mx.int32)
+        return self.runner.verify(tokens, [self.caches[number] for number in numbers], counts, last)
 
     def _head(self, shape: list[int]) -> mx.array:
         return self.runner.head(self.runner.shard.from_first(None, tuple(shape), self.runner.dtype))

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -36,10 +36,13 @@ from .finite import check_finite
 from .job import Job, done_event
 from .loaded import Loaded
 from .pool import Pool
-from .prompt_cache import PromptCache
-from .prompts import check_turn, end_ids, prepare
+from .prompts import check_turn, end_ids, in_chat, prepare
 from .request import Prepared
+from .speculating import Speculation
 from .timeline import FeatureCache, Timeline, Tokens
+
+if TYPE_CHECKING:
+    from .prompt_cache import PromptCache
 
 STEPS_A_CHUNK = 4  # a chunk takes as long as so many steps of those that write meanwhile
 SHORTEST_CHUNK = 16  # tokens
@@ -75,6 +78,8 @@ class Scheduler:
         options = loaded.options
         self.prompts: PromptCache | None = None
         if options.prompt_cache is not None:
+            from .prompt_cache import PromptCache  # nobody else waits for it
+
             self.prompts = PromptCache(
                 options.prompt_cache, options.prompt_cache_bytes, loaded, self.new_timeline, send
             )
@@ -83,6 +88,7 @@ class Scheduler:
         self._line: list[Job | Call] = []  # in the order in which they came
         self._readers: deque[Job] = deque()  # the next one to read a chunk stands first
         self._batch = Batch(runner)
+        self._speculation = Speculation(loaded)
         self._embeddings = EmbedQueue(runner)
         self._writers: dict[Row, Job] = {}
         self.device_errors = 0  # in a row
@@ -171,7 +177,9 @@ class Scheduler:
 
     def new_conversation(self, system: str | None, adapter: str | None = None) -> Conversation:
         newline = tuple(self.loaded.tokenizer.encode("\n"))
-        return Conversation(self.new_timeline(adapter), self.loaded.end_of_turn, newline, system)
+        made = Conversation(self.new_timeline(adapter), self.loaded.end_of_turn, newline, system)
+        made.own, made.thought = self.loaded.template is not None, self.loaded.thought
+        return made
 
     def encode(self, name: str, view: NDArray[np.float32] | None, adapter: str | None = None) -> mx.array:
         """(T, D) features of a picture, as this adapter sees it."""
@@ -439,14 +447,23 @@ class Scheduler:
         assert timeline is not None and timeline.logits is not None and tokens is not None
         check_finite(timeline.logits, self.loaded.checkpoint)
         eos_ids = end_ids(self.loaded, request)
-        answer = Answer(self.loaded.tokenizer, eos_ids=eos_ids, stop=request.options.stop)
+        called = self.loaded.call_ids if in_chat(self.loaded, request) else frozenset()
+        answer = Answer(
+            self.loaded.tokenizer,
+            eos_ids=eos_ids,
+            stop=request.options.stop,
+            kept=called,
+            thought=self.loaded.thought,
+            thinks=self.loaded.thinking_after(tokens.ids),
+        )
         held = request.constraint
         if request.form is not None:
             held = request.form.start(self.loaded, eos_ids)
         sampling = request.options.sampling(self.loaded.checkpoint.generation)
         left = min(request.options.max_tokens, self.loaded.max_context - len(tokens))
-        row = Row(timeline.caches, Chooser(sampling, tokens.ids, held), left)
-        job.writes(row, answer)
+        chooser = Chooser(sampling, tokens.ids, held)
+        row = Row(timeline.caches, chooser, left, self._speculation.proposers(tokens))
+        job.writes(row, answer, functions=bool(called) and (request.form is None or bool(request.form.tools)))
         if left < 1:
             self._end(job, "length")
             return
