@@ -17,10 +17,12 @@ from machines import Meeting, Threads, engine_on, together
 from places import PICTURES, TEMPLATE
 
 import mlx_gemma3 as g3
+from mlx_gemma3.checkpoint.load import load_model
 from mlx_gemma3.errors import DeviceLost, OptionError, SessionError
+from mlx_gemma3.model.runner import Runner, on_device
 from mlx_gemma3.model.shard import Shard
 from mlx_gemma3.runtime.engine import Engine
-from mlx_gemma3.runtime.follow import Log
+from mlx_gemma3.runtime.follow import Follower, LeadingRunner, Log
 from mlx_gemma3.runtime.machines import Machines
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -196,6 +198,37 @@ def test_the_log_carries_commands_of_any_length() -> None:
         return commands
 
     assert together(3, work) == [commands] * 3
+
+
+def test_guesses_are_verified_and_taken_back_on_all_machines(folder: Path) -> None:
+    """Runner.verify and take_back, several tokens of two sequences at once."""
+
+    def ask(runner: Runner) -> list[np.ndarray]:
+        one, two = runner.make_caches(), runner.make_caches()
+        for caches, length in ((one, 30), (two, 9)):
+            runner.read([list(range(5, 5 + length))], None, caches, last_only=True)
+        found = [runner.verify(mx.array([7, 8, 9, 10]), [one, two], [3, 1], [3, 1])]
+        runner.take_back([one, two], [2, 0])
+        found.append(runner.verify(mx.array([11, 12, 13]), [one, two], [1, 2], [1, 1]))
+        found.append(runner.step(mx.array([14, 15]), [one, two]))
+        return [np.array(logits) for logits in found]
+
+    def work(shard: Shard) -> list[np.ndarray]:
+        assert shard.group is not None
+        model, log = load_model(folder, shard=shard), Log(shard.group)
+        if shard.rank:
+            Follower(on_device(model), log).follow()
+            return []
+        runner = on_device(model, kind=LeadingRunner)
+        assert isinstance(runner, LeadingRunner)
+        runner.lead(log, 1.0, lambda error: DeviceLost("test"), lambda: None)
+        found = ask(runner)
+        runner.close()
+        return found
+
+    wanted = ask(on_device(load_model(folder)))
+    for logits, other in zip(together(2, work)[0], wanted, strict=True):
+        assert np.abs(logits - other).max() < 1e-4
 
 
 def test_a_machine_that_falls_silent_ends_the_answers_with_an_error(
