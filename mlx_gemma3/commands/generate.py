@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..boundary.launch import launched
 from ..boundary.writing import check_writable
 from ..errors import OptionError, PromptError
 from .adapters import only
@@ -91,7 +92,7 @@ def generate(
         images[images.index("-")] = _piped_picture(images)
         piped = None
     else:
-        piped = Piped(WAIT if prompt else None)
+        piped = None if prompt and launched() else Piped(WAIT if prompt else None)  # mlx.launch's pipe never ends
     if not prompt and piped is not None:
         if text := _read(piped, quiet=quiet):
             message = _append(message, text)

@@ -100,6 +100,7 @@ class Scheduler:
         self._embeddings = EmbedQueue(runner)
         self._writers: dict[Row, Job] = {}
         self.device_errors = 0  # in a row
+        self.lost: Gemma3Error | None = None  # why nothing can be computed any more
         self._step_seconds = 0.0
         self._read_rate = 0.0  # tokens a second
 
@@ -153,10 +154,19 @@ class Scheduler:
             self._fail(job, error)
         self._embeddings.fail_all(known(error))
 
+    def beat(self) -> None:
+        """Called while there is nothing to do, or something long."""
+        try:
+            self.runner.beat()
+        except Exception as error:
+            self._count(error)
+
     def close(self) -> None:
         """Nothing is in work any more: keep on disk what is to be kept there."""
         if self.prompts is not None:
             self.prompts.close(self.pool.timelines)
+        if self.lost is None:
+            self.runner.close()
 
     def cancel_all(self) -> None:
         """The engine closes."""
@@ -505,7 +515,7 @@ class Scheduler:
             self._embeddings.turn()
         except Exception as error:  # MLX's own: whose texts they were is not worth telling apart
             self._count(error)
-            self._embeddings.fail_all(known(_of_device(error)))
+            self._embeddings.fail_all(self._told(error))
         else:
             self.device_errors = 0
 
@@ -527,11 +537,15 @@ class Scheduler:
                 self.pool.put(job.timeline)
         elif job.conversation is not None and job.timeline is not None:
             job.conversation.timeline = self.new_timeline(job.adapter)
-        job.request.fail(known(_of_device(error)))
+        job.request.fail(known(error) if isinstance(error, Gemma3Error) else self._told(error))
 
     def _count(self, error: BaseException) -> None:
         """MLX tells an error of the GPU once and goes on; after some of them the GPU takes no more work at all."""
+        self.lost = self.lost or self.runner.gone(error)
         self.device_errors += isinstance(_of_device(error), DeviceError)
+
+    def _told(self, error: BaseException) -> Gemma3Error:
+        return self.lost if self.lost is not None else known(_of_device(error))
 
     def _leave(self, job: Job) -> None:
         if job in self._readers:
