@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from .config import Config
     from .convert import convert
     from .prompt import images
+    from .prompt.chat_template import ChatTemplate
     from .prompt.processor import Processor, Prompt
     from .prompt.template import render_chat
     from .prompt.tokenizer import Tokenizer
+    from .prompt.tool_calls import parse_tool_calls
     from .runtime.engine import Engine, Reply, Session, Stream, load
+    from .tune import tune
 
 __all__ = [
+    "ChatTemplate",
     "Config",
     "Engine",
     "Gemma3Error",
@@ -35,11 +39,14 @@ __all__ = [
     "images",
     "load",
     "load_model",
+    "parse_tool_calls",
     "render_chat",
+    "tune",
 ]
 __version__ = "0.1.0"
 
 _HOME = {
+    "ChatTemplate": "prompt.chat_template",
     "Config": "config",
     "Engine": "runtime.engine",
     "Processor": "prompt.processor",
@@ -50,6 +57,7 @@ _HOME = {
     "Tokenizer": "prompt.tokenizer",
     "load": "runtime.engine",
     "load_model": "checkpoint.load",
+    "parse_tool_calls": "prompt.tool_calls",
     "render_chat": "prompt.template",
 }
 
@@ -60,8 +68,8 @@ keep_float32()
 def __getattr__(name: str) -> Any:
     if name in __all__:
         check_system()
-    if name in ("convert", "images"):  # a package that is called, and a module
-        return import_module(".convert" if name == "convert" else ".prompt.images", __name__)
+    if name in ("convert", "images", "tune"):  # packages that are called, and a module
+        return import_module(f".{name}" if name != "images" else ".prompt.images", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..boundary.launch import launched
 from ..boundary.writing import check_writable
 from ..errors import OptionError, PromptError
 from .adapters import only
 from .answers import answering
 from .speculation import Draft, Off, guessed_by
 from .streams import WAIT, OutputLost, Piped
-from .terminal import Pace, Status, answer, emit, leave, print_notes, tell
+from .terminal import Pace, Status, answer, emit, leave, print_notes, tell, thought
 
 if TYPE_CHECKING:
     from ..runtime.events import Event, Usage
@@ -91,7 +92,7 @@ def generate(
         images[images.index("-")] = _piped_picture(images)
         piped = None
     else:
-        piped = Piped(WAIT if prompt else None)
+        piped = None if prompt and launched() else Piped(WAIT if prompt else None)  # mlx.launch's pipe never ends
     if not prompt and piped is not None:
         if text := _read(piped, quiet=quiet):
             message = _append(message, text)
@@ -133,7 +134,7 @@ def generate(
             stream = talk.send(message if isinstance(message, str) else message[0]["content"], images=images, **options)
         kept = None if session is None else lambda: talk.save(session, replace=False)
         first = prefill.strip() if prefill is not None and not as_json else ""  # as the template writes it
-        stopped = _print(stream, status, first, as_json=as_json, kept=kept)
+        stopped = _print(stream, status, first, as_json=as_json, quiet=quiet, kept=kept)
         if stats and (end := stream.next())["kind"] == "done":
             tell(_stats(end["usage"], unpacked=engine.about["unpacked_bytes"]))
     if stopped:
@@ -224,18 +225,21 @@ def _read(piped: Piped, *, quiet: bool) -> str:
     return text
 
 
-def _print(stream: Stream, status: Status, first: str, *, as_json: bool, kept: Callable[[], None] | None) -> int:
+def _print(
+    stream: Stream, status: Status, first: str, *, as_json: bool, quiet: bool, kept: Callable[[], None] | None
+) -> int:
     """Write the answer as it comes, and keep it. A signal ends the answer; returns its number, or 0.
 
     Args:
         first: what stands before it.
+        quiet: what the model thinks before it answers is not shown.
         kept: keeps the answer, also one that could not be written; None where it is nowhere to be kept.
 
     Raises:
         OutputLost, BrokenPipeError: it could not be written.
         Gemma3Error: there is none.
     """
-    stopped, pace = 0, Pace()
+    stopped, thinks, pace = 0, False, Pace()
     failure: Exception | None = None
 
     def cancel(number: int, _: object) -> None:
@@ -255,7 +259,8 @@ def _print(stream: Stream, status: Status, first: str, *, as_json: bool, kept: C
                 answer(first)
                 first = ""
             if failure is None:
-                _show(event, status, pace, as_json=as_json)
+                _show(event, status, pace, as_json=as_json, quiet=quiet, thinks=thinks)
+            thinks = kind == "thinking" and not quiet
         except (OutputLost, BrokenPipeError) as error:
             if kept is None:
                 raise
@@ -271,8 +276,12 @@ def _print(stream: Stream, status: Status, first: str, *, as_json: bool, kept: C
     return stopped
 
 
-def _show(event: Event, status: Status, pace: Pace, *, as_json: bool) -> None:
-    """What one event has to show."""
+def _show(event: Event, status: Status, pace: Pace, *, as_json: bool, quiet: bool, thinks: bool) -> None:
+    """What one event has to show.
+
+    Args:
+        thinks: what the model thinks was shown last.
+    """
     if event["kind"] == "pending":
         if "stage" not in event:
             return
@@ -287,7 +296,12 @@ def _show(event: Event, status: Status, pace: Pace, *, as_json: bool) -> None:
     status.clear()
     if as_json:
         emit(event)
-    elif event["kind"] != "error":
+    elif event["kind"] == "thinking":
+        if not quiet:
+            thought(event["text"])
+    elif event["kind"] in ("text", "done"):
+        if thinks:
+            thought(None)
         answer(event["text"] if event["kind"] == "text" else "\n")
 
 

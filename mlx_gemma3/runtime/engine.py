@@ -18,6 +18,7 @@ from ..errors import OptionError
 from ..prompt import snapshot
 from ..prompt.tokenizer import Tokenizer
 from . import session_file
+from .classify import Policies, asked, probabilities, requests
 from .conversation import Conversation
 from .embedding import Embedding, Texts, embedding
 from .loaded import About, EngineOptions
@@ -177,9 +178,9 @@ class Engine:
         Raises:
             Gemma3Error: what `generate` would refuse of it.
         """
-        asked, pictures, loaded = snapshot.said(prompt), snapshot.pictures(images), self._thread.loaded
+        said_so, pictures, loaded = snapshot.said(prompt), snapshot.pictures(images), self._thread.loaded
         settings = Options.build(options)
-        messages = said(loaded, asked, pictures, settings)
+        messages = said(loaded, said_so, pictures, settings)
         return len(processed(loaded, messages, pictures, settings, lambda *_: None).tokens)
 
     def stream(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> Stream:
@@ -336,6 +337,36 @@ class Engine:
         if request.total:
             self._thread.embed(request)
         return request
+
+    def classify(self, image: Picture, policies: Policies = None) -> dict[str, float]:
+        """How likely a picture breaks policies, by ShieldGemma 2.
+
+        Args:
+            image: a path, an address (https, http, data, file), bytes of a picture file, or a PIL image.
+            policies: names of the checkpoint's own ("dangerous", "sexual", "violence"); or texts by name, None for
+                the checkpoint's own text of that name; None for all its own.
+
+        Returns:
+            For each policy the probability of a violation, 0 to 1, in their order.
+
+        Raises:
+            OptionError: no classifier, an unknown policy.
+            Gemma3Error: what goes wrong with the picture or an answer.
+        """
+        loaded = self._thread.loaded
+        texts = asked(loaded, policies)
+        pictures = snapshot.copied(snapshot.pictures(image))
+        if len(pictures) != 1:
+            raise OptionError("image", got=f"{len(pictures)} pictures", want="one")
+        streams: list[Stream] = []
+        try:
+            for pair in requests(loaded, pictures[0], list(texts.values())):
+                self._thread.submit(*pair)
+                streams += [Stream(request, self) for request in pair]
+            return dict(zip(texts, probabilities(streams), strict=True))
+        finally:
+            for stream in streams:
+                stream.close()
 
     @takes(system="text", resume="path", adapter="text")
     def session(

@@ -28,6 +28,14 @@ class TextEvent(TypedDict):
     logprobs: NotRequired[list[TokenLogprob]]  # when asked for, one for each of `tokens`
 
 
+class ThinkingEvent(TypedDict):
+    """Some text of what the model thinks before it answers, and the ids behind it (MedGemma)."""
+
+    kind: Literal["thinking"]
+    text: str
+    tokens: list[int]
+
+
 class ToolCall(TypedDict):
     """A tool that the model asks for."""
 
@@ -71,11 +79,12 @@ class DoneEvent(TypedDict):
 
     kind: Literal["done"]
     text: str
+    thinking: NotRequired[str]  # what it thought before, when it did
     tokens: list[int]  # as generated, the one that ended the answer included
     finish_reason: Literal["stop", "length", "cancelled", "tool_calls"]
     stop: NotRequired[str]  # the string that ended it, where it was one
     parsed: NotRequired[Any]  # of an answer in a form, when it is whole: the value, or the text
-    tool_calls: NotRequired[list[ToolCall]]  # when there are any; `text` is empty then
+    tool_calls: NotRequired[list[ToolCall]]  # when there are any; `text` is what was said beside them
     usage: Usage
     logprobs: NotRequired[list[TokenLogprob]]  # when asked for
     prompt_logprobs: NotRequired[list[TokenLogprob | None]]  # when asked for; of the first token there is none
@@ -101,7 +110,7 @@ class PendingEvent(TypedDict):
     total: NotRequired[int]
 
 
-Event = TextEvent | ToolCallEvent | DoneEvent | ErrorEvent | PendingEvent
+Event = TextEvent | ThinkingEvent | ToolCallEvent | DoneEvent | ErrorEvent | PendingEvent
 
 
 def no_usage() -> Usage:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..generation.constraint import Constraint
-from ..grammar import hints, schema, tools
+from ..grammar import functions, hints, schema, tools
 from ..grammar.matcher import Grammar, Matcher
 from .loaded import Loaded
 from .options import Options
@@ -44,7 +44,13 @@ class Form:
         Raises:
             OptionError: no answer can be held to it, or llguidance is not installed.
         """
-        if self.text is not None:
+        options = self._options
+        if self.name == "tools" and loaded.form == "functiongemma":
+            text = functions.lark(
+                self.tools, loaded.tokenizer, choice=options.tool_choice, parallel=options.parallel_tool_calls
+            )
+            self._grammar = Grammar(loaded.tokenizer, text, self.name, loaded.call_ids)
+        elif self.text is not None:
             self._grammar = Grammar(loaded.tokenizer, self.text, self.name or "form")
 
     def start(self, loaded: Loaded, ends: Collection[int]) -> Matcher | None:
