@@ -14,9 +14,9 @@ from statistics import median
 from ..errors import OptionError
 from ..runtime.engine import Engine, load
 
-LETTER = """Dear Ms Okafor, thank you for your letter of 4 March about the parcel that did not arrive. We have asked \
-the carrier, who says that it was handed to a neighbour at number 17 on the afternoon of 27 February. If it is not \
-there, please tell us before the end of the month, and we will send the two books and the reading lamp again at our cost."""
+LETTER = """Dear Ms Okafor, thank you for your letter of 4 March about the parcel that did not arrive. We have \
+asked the carrier, who says that it was handed to a neighbour at number 17 on the afternoon of 27 February. If it is \
+not there, please tell us before the end of the month, and we will send the two books and the lamp again."""
 CODE = """def total(orders, rate):
     result = 0.0
     for order in orders:
