@@ -250,6 +250,8 @@ class ChatTemplate:
 
     def _renders_alike(self, text: str) -> bool:
         """Whether a text that is not known writes what `render_chat` writes, errors included."""
+        if "start_of_turn" not in text or "end_of_turn" not in text:
+            return False
         try:
             program = _program(text)
             asked = program.variables - (program.assigned - set(_GIVEN))

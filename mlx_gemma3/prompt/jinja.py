@@ -58,8 +58,8 @@ class Program:
 
     def __init__(self, text: str) -> None:
         environment = _environment()
-        self._template: jinja2.Template = _bounded(lambda: environment.from_string(text))
-        tree = environment.parse(text)
+        self._template: jinja2.Template
+        self._template, tree = _bounded(lambda: (environment.from_string(text), environment.parse(text)))
         literals = {node.data for node in tree.find_all(nodes.TemplateData)}
         literals |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         self.literals = "\0".join(sorted(literals))  # all that it writes by itself
