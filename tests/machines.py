@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_gemma3.model.shard import Shard
+from mlx_gemma3.model.streams import lent
+from mlx_gemma3.runtime import machines as machines_module
+from mlx_gemma3.runtime.engine import Engine
+from mlx_gemma3.runtime.loading import follow
+from mlx_gemma3.runtime.machines import Machines
 
 T = TypeVar("T")
 
@@ -71,3 +77,35 @@ def together(size: int, work: Callable[[Shard], T]) -> list[T]:
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error
     return found
+
+
+@contextmanager
+def engine_on(size: int, source: object, **options: object) -> Iterator[Engine]:
+    """An engine whose model is spread over so many machines, each a thread of this process."""
+    meeting = Meeting(size)
+    all_machines = [Machines(Threads(meeting, rank), rank, size) for rank in range(size)]
+    errors: list[BaseException] = []
+
+    def run(machines: Machines) -> None:
+        try:
+            with lent():
+                follow(machines, errors.append)
+        except BaseException as error:
+            errors.append(error)
+            meeting.barrier.abort()
+
+    others = [threading.Thread(target=run, args=(machines,), daemon=True) for machines in all_machines[1:]]
+    for thread in others:
+        thread.start()
+    machines_module._joined = all_machines[0]
+    try:
+        with Engine(source, **options) as engine:
+            yield engine
+        all_machines[0].log.write(["quit"])
+        for thread in others:
+            thread.join(20)
+            assert not thread.is_alive()
+    finally:
+        machines_module._joined = None
+        meeting.barrier.abort()
+    assert not errors, errors

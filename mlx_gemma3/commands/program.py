@@ -13,13 +13,28 @@ from typing import Annotated, Any
 
 import typer
 
+from ..boundary.launch import launched
 from ..boundary.system import check_system
-from ..errors import Gemma3Error
+from ..errors import Gemma3Error, OptionError
 from ..visible import one_line
+from .machines import ALONE, ON_MACHINES, follow_first
 from .streams import OutputLost
 from .terminal import say, tell
 
-_NAMES = ("generate", "chat", "embed", "classify", "convert", "evaluate", "inspect", "fit", "bench", "serve", "worker")
+_NAMES = (
+    "generate",
+    "chat",
+    "embed",
+    "classify",
+    "convert",
+    "tune",
+    "evaluate",
+    "inspect",
+    "fit",
+    "bench",
+    "serve",
+    "worker",
+)
 
 
 class _Commands(UserDict[str, Any]):
@@ -65,11 +80,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _program(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
     check_system()
+    if launched() and context.invoked_subcommand in ON_MACHINES:
+        follow_first()
+    elif launched() and context.invoked_subcommand in ALONE:
+        raise OptionError(
+            context.invoked_subcommand, got="several machines (mlx.launch)", want="one", do="run it without mlx.launch"
+        )
 
 
 def run() -> int:

@@ -227,7 +227,7 @@ class Caches:
 
     def fork(self) -> Caches:
         """The same once more, by reference: whichever of the two writes first copies what it writes to."""
-        other = object.__new__(Caches)
+        other = object.__new__(type(self))
         other.layers = []
         for layer in self.layers:
             twin: Any = WindowCache(layer.window, layer.bits) if layer.window is not None else GlobalCache(layer.bits)

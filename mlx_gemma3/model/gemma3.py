@@ -126,17 +126,36 @@ class Gemma3(nn.Module):
         Raises:
             PromptError: see `__call__`.
         """
+        ids, image, blocks = self.place(tokens, 0 if features is None else features.shape[0], caches, spans)
+        return self.rows(ids, image, features), mx.array(blocks) if blocks is not None else None
+
+    def place(
+        self,
+        tokens: mx.array | np.ndarray | Sequence[Sequence[int]],
+        pictures: int,
+        caches: Caches | None = None,
+        spans: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """What `embed` looks at on the host, before anything is computed; arguments and errors are its.
+
+        Args:
+            pictures: N.
+
+        Returns:
+            (B, L) ids, (B, L) bool: a picture's rows go there, (B, L) int32 image blocks or None.
+        """
         ids = np.asarray(tokens)
         if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
             raise PromptError("tokens", got=f"{ids.dtype} of shape {ids.shape}", want="integers (B, L), L >= 1")
         image = ids == self.config.image_token_id
         if spans is not None:
             image &= _inside(spans, ids.shape[1])
-        blocks = self._image_blocks(ids, image, 0 if features is None else features.shape[0], caches)
+        return ids, image, self._image_blocks(ids, image, pictures, caches)
+
+    def rows(self, ids: np.ndarray, image: np.ndarray, features: mx.array | None) -> mx.array:
+        """(B, L, D) rows of what `place` returned."""
         rows = self.language_model.embed(mx.array(ids.astype(np.int32)))
-        if features is not None and blocks is not None:
-            rows = _replace_rows(rows, features, image)
-        return rows, mx.array(blocks) if blocks is not None else None
+        return rows if features is None or not image.any() else _replace_rows(rows, features, image)
 
     def head(self, hidden: mx.array) -> mx.array:
         """(B, L, D) → (B, L, V) float32: the embedding, unscaled, or lm_head where the checkpoint has its own."""

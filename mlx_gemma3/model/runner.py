@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import Gemma3Error
 from . import cpu, embedder
 from .adapter import Adapter
 from .adapter_terms import AdapterTerms, adapted_tower
@@ -50,6 +51,7 @@ class Runner:
         self.unpacked_bytes = 0  # of packed matrices that are kept as float32 too
         self.unfused_chunk = UNFUSED  # tokens to read at once where attention is not fused
         self.fused_from = 0  # queries from which heads of 256 are; 0: never
+        self.rest: float | None = None  # seconds with nothing to do after which it wants `beat`; None for never
         self._kernels, self._tower = kernels, tower
         self._adapters: AdapterTerms | None = None
         self._towers: dict[str, TowerKernels] = {}  # of adapters that do something to the tower
@@ -67,6 +69,16 @@ class Runner:
             self._head = kernels.matrix(embedding if tied else model.lm_head)
             self._widen_at_step = tied and isinstance(embedding, nn.Embedding) and embedding.weight.dtype != self.dtype
             mx.eval(model.parameters())
+
+    def beat(self) -> None:
+        """Called while nothing is asked for, every `rest` seconds."""
+
+    def gone(self, error: BaseException) -> Gemma3Error | None:
+        """An error after which nothing can be computed any more, said so that it can be told; None for others."""
+        return None
+
+    def close(self) -> None:
+        """Called once, when nothing more will be asked for."""
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """Let sequences be computed with an adapter: those whose caches are made with its name.
@@ -120,6 +132,12 @@ class Runner:
         """
         assert caches is None or caches.padding is None, _PADDED
         rows, blocks = self.model.embed(tokens, features, caches, spans)
+        return self.decode_chunk(rows, blocks, caches, last_only=last_only)
+
+    def decode_chunk(
+        self, rows: mx.array, blocks: mx.array | None, caches: Caches | None, *, last_only: bool
+    ) -> mx.array:
+        """The rest of `read`, from what Gemma3.embed returned on."""
         names = [] if caches is None else [caches.adapter]
         return self._decode(rows, Chunk(rows.shape[1], caches, blocks), names, last_only=last_only)
 
@@ -212,14 +230,20 @@ class Runner:
         return self.model.encode_images(pixels, tower)
 
 
-def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runner:
-    """Evaluate the weights and arrange them for MLX's default device. See Runner for `between`."""
+def on_device(
+    model: Gemma3, between: Callable[[], None] = lambda: None, kind: Callable[..., Runner] = Runner
+) -> Runner:
+    """Evaluate the weights and arrange them for MLX's default device. See Runner for `between`.
+
+    Args:
+        kind: makes it, as Runner does.
+    """
     if mx.default_device().type != mx.DeviceType.cpu:
-        runner = Runner(model, gpu_kernels(), gpu_tower(), between)
+        runner = kind(model, gpu_kernels(), gpu_tower(), between)
         runner.unfused_chunk, runner.fused_from = unfused_tokens(), fused_from()
         return runner
     tower = cpu.tower_kernels(model.vision_tower) if "vision_tower" in model else PLAIN
     unpacked_bytes = cpu.unpacked_bytes(model)
-    runner = Runner(model, cpu.kernels(unpack=unpacked_bytes > 0), tower, between)
+    runner = kind(model, cpu.kernels(unpack=unpacked_bytes > 0), tower, between)
     runner.unpacked_bytes = unpacked_bytes
     return runner

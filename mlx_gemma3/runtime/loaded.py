@@ -56,6 +56,7 @@ class EngineOptions:
     adapters: Mapping[str, str | Path] = field(default_factory=dict)  # folders by name
     prompt_cache: str | Path | None = None
     prompt_cache_bytes: int = 20 * 10**9
+    draft: str | Path | None = None
     speculation: bool = True
     force: bool = False
     quiet: bool = False
@@ -101,6 +102,11 @@ class Loaded:
         self._unpacked_bytes = runner.unpacked_bytes
         self._weights_bytes = sum(array.nbytes for _, array in tree_flatten(runner.model.parameters()))
         self._weights_bytes += sum(adapter.nbytes for adapter in adapters.values()) * runner.dtype.size // 4
+
+    def holds_too(self, draft: Runner) -> None:
+        """Before anybody else knows of this: a draft model is loaded beside it."""
+        self._weights_bytes += sum(array.nbytes for _, array in tree_flatten(draft.model.parameters()))
+        self._unpacked_bytes += draft.unpacked_bytes
 
     def thinking_after(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends inside a thinking part that its template opened."""

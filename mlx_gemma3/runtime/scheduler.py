@@ -66,9 +66,17 @@ class Call:
 class Scheduler:
     """Everything that is in work. Only for the engine's thread, but for `loaded`."""
 
-    def __init__(self, loaded: Loaded, runner: Runner, budget: int, send: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        runner: Runner,
+        budget: int,
+        send: Callable[[Callable[[], None]], None],
+        draft: Runner | None = None,
+    ) -> None:
         """
         Args:
+            draft: the model that guesses what this one will write.
             budget: bytes that weights, caches and work may take together.
             send: runs something in the engine's thread, soon; called from others.
         """
@@ -88,10 +96,11 @@ class Scheduler:
         self._line: list[Job | Call] = []  # in the order in which they came
         self._readers: deque[Job] = deque()  # the next one to read a chunk stands first
         self._batch = Batch(runner)
-        self._speculation = Speculation(loaded)
+        self._speculation = Speculation(loaded, draft)
         self._embeddings = EmbedQueue(runner)
         self._writers: dict[Row, Job] = {}
         self.device_errors = 0  # in a row
+        self.lost: Gemma3Error | None = None  # why nothing can be computed any more
         self._step_seconds = 0.0
         self._read_rate = 0.0  # tokens a second
 
@@ -145,10 +154,19 @@ class Scheduler:
             self._fail(job, error)
         self._embeddings.fail_all(known(error))
 
+    def beat(self) -> None:
+        """Called while there is nothing to do, or something long."""
+        try:
+            self.runner.beat()
+        except Exception as error:
+            self._count(error)
+
     def close(self) -> None:
         """Nothing is in work any more: keep on disk what is to be kept there."""
         if self.prompts is not None:
             self.prompts.close(self.pool.timelines)
+        if self.lost is None:
+            self.runner.close()
 
     def cancel_all(self) -> None:
         """The engine closes."""
@@ -452,7 +470,7 @@ class Scheduler:
         sampling = request.options.sampling(self.loaded.checkpoint.generation)
         left = min(request.options.max_tokens, self.loaded.max_context - len(tokens))
         chooser = Chooser(sampling, tokens.ids, held)
-        row = Row(timeline.caches, chooser, left, self._speculation.proposers(tokens))
+        row = Row(timeline.caches, chooser, left, self._speculation.proposers(tokens, chooser))
         job.writes(row, answer, functions=bool(called) and (request.form is None or bool(request.form.tools)))
         if left < 1:
             self._end(job, "length")
@@ -497,7 +515,7 @@ class Scheduler:
             self._embeddings.turn()
         except Exception as error:  # MLX's own: whose texts they were is not worth telling apart
             self._count(error)
-            self._embeddings.fail_all(known(_of_device(error)))
+            self._embeddings.fail_all(self._told(error))
         else:
             self.device_errors = 0
 
@@ -519,11 +537,15 @@ class Scheduler:
                 self.pool.put(job.timeline)
         elif job.conversation is not None and job.timeline is not None:
             job.conversation.timeline = self.new_timeline(job.adapter)
-        job.request.fail(known(_of_device(error)))
+        job.request.fail(known(error) if isinstance(error, Gemma3Error) else self._told(error))
 
     def _count(self, error: BaseException) -> None:
         """MLX tells an error of the GPU once and goes on; after some of them the GPU takes no more work at all."""
+        self.lost = self.lost or self.runner.gone(error)
         self.device_errors += isinstance(_of_device(error), DeviceError)
+
+    def _told(self, error: BaseException) -> Gemma3Error:
+        return self.lost if self.lost is not None else known(_of_device(error))
 
     def _leave(self, job: Job) -> None:
         if job in self._readers:
@@ -531,6 +553,7 @@ class Scheduler:
         if job.row is not None and job.row in self._writers:
             del self._writers[job.row]
             self._batch.leave(job.row)
+            self._speculation.ended(job.row.proposers, job.answer.tokens if job.answer is not None else ())
 
 
 def finish(call: Call, scheduler: Scheduler) -> None:
