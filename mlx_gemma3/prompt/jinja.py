@@ -34,7 +34,8 @@ from jinja2.ext import Extension
 from ..errors import TemplateError
 
 MOST = 16 << 20  # of one value: characters and elements
-SECONDS = 1.4  # of one rendering
+_ELEMENT = 16  # what an element of a list weighs, in characters
+SECONDS = 1.0  # of one rendering
 _COMPILING = 5.0  # seconds: a template is no longer than template_files.py lets it be, and is compiled once
 _SPENT = 20 * MOST  # of all values that one rendering makes
 _INTEGER_BITS = 100_000
@@ -159,7 +160,7 @@ def _weight(value: Any) -> int:
     total, waiting = 0, [value]
     while waiting:
         one = waiting.pop()
-        total += 1 + (len(one) if isinstance(one, str | bytes | range) else 0)
+        total += _ELEMENT + (len(one) if isinstance(one, str | bytes | range) else 0)
         if isinstance(one, int) and not isinstance(one, bool):
             total += one.bit_length() // 8
         if isinstance(one, _Namespace):
@@ -168,7 +169,7 @@ def _weight(value: Any) -> int:
             waiting += [*one.keys(), *one.values()]
         elif isinstance(one, list | tuple | set | frozenset):
             waiting += one
-        if total + len(waiting) > MOST:
+        if total + _ELEMENT * len(waiting) > MOST:
             raise _TooMuchError(f"a value of more than {MOST:,} characters or elements")
     return total
 
