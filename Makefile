@@ -25,7 +25,7 @@ test-clients:
 	.venv-clients/bin/python -m pip install -q -e '.[clients]'
 	.venv-clients/bin/python -m pytest -m clients -o filterwarnings= tests/clients
 
-# A Linux without swift gets one in a folder of its own (root and debootstrap needed): docs/swift.md
+# A Linux without swift gets one in a folder of its own (root needed): docs/swift.md
 swift-test:
 	@if command -v swift > /dev/null; then $(MAKE) $(PYTHON) && examples/swift/run $(PYTHON) test; \
 	else examples/swift/linux test; fi

@@ -1,6 +1,6 @@
 """What docs/forms.md says was measured.
 
-python bench/forms.py suite FOLDER   schemas of a checkout of JSON-Schema-Test-Suite: refused, or kept to
+python bench/forms.py suite FOLDER   schemas of a checkout of JSON-Schema-Test-Suite, and people's: refused, or kept to
 python bench/forms.py speed          the 270M (extra 270m): free text, a form of free text, a form of long keys
 python bench/forms.py demo           the demo on fresh pictures: right answers among choices, and in a schema
 """
@@ -8,7 +8,6 @@ python bench/forms.py demo           the demo on fresh pictures: right answers a
 from __future__ import annotations
 
 import json
-import random
 import sys
 import tempfile
 import time
@@ -20,49 +19,58 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SEEDS, MOST = 50, 120  # answers to each schema, and tokens of each
+SEEDS = 50  # answers to each schema
 
 
 def suite(folder: Path) -> None:
-    """Random tokens of those that are allowed, as an untrained model would choose them."""
+    """Schemas of the suite, and as people write them: a random checkpoint answers nearly anything that is allowed."""
+    from test_real_schemas import RECORDS, wrapped
+
+    tests = sorted((folder / "tests" / "draft2020-12").glob("*.json"))
+    cases = [
+        (f"{file.stem}: {one['description']}", one["schema"]) for file in tests for one in json.loads(file.read_text())
+    ]
+    _held("of the suite", cases, 120)
+    _held("as people write them", [(name, wrapped(name, plural)) for name in RECORDS for plural in (False, True)], 400)
+
+
+def _held(kind: str, cases: list[tuple[str, Any]], most: int) -> None:
+    """Answers to each schema, each of at most so many tokens."""
     import jsonschema
+    import tiny
     from tiny_tokenizer import write_tokenizer
 
-    from mlx_gemma3 import Tokenizer
+    import mlx_gemma3 as g3
     from mlx_gemma3.errors import OptionError
-    from mlx_gemma3.grammar import schema
-    from mlx_gemma3.grammar.matcher import Grammar
 
-    words = Tokenizer.from_folder(write_tokenizer(Path(tempfile.mkdtemp())))
+    model = Path(tempfile.mkdtemp())
+    config = tiny.text_config()
+    tiny.write_folder(model, config, tiny.random_tensors(config))
+    write_tokenizer(model)
     refused: Counter[str] = Counter()
     held = whole = 0
-    for file in sorted((folder / "tests" / "draft2020-12").glob("*.json")):
-        for case in json.loads(file.read_text(encoding="utf-8")):
+    options: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "max_tokens": most}
+    with g3.load(model, parallel=SEEDS) as engine:
+        for name, schema in cases:
             try:
-                grammar = Grammar(words, schema.lark(case["schema"]), "schema")
+                replies = engine.generate("the", n=SEEDS, seed=0, schema=schema, **options)
             except OptionError as error:
                 refused[str(error).partition(", want")[0]] += 1
                 continue
             held += 1
-            validator = jsonschema.Draft202012Validator(case["schema"])
-            for seed in range(SEEDS):
-                matcher, chance = grammar.start([1]), random.Random(seed)
-                for _ in range(MOST):
-                    if matcher.complete:
-                        break
-                    bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
-                    matcher.accept(int(chance.choice(np.flatnonzero(bits))))
-                if not matcher.complete:
+            validator = jsonschema.Draft202012Validator(schema)
+            for reply in replies:
+                if reply.finish_reason != "stop":
                     continue
                 whole += 1
                 try:
-                    fits = validator.is_valid(json.loads(matcher.text))
+                    fits = validator.is_valid(json.loads(reply.text))
                 except Exception as error:  # of jsonschema: a pattern that Python's re does not know
-                    print(f"{file.stem}: {case['description']}: jsonschema {error!r}")
+                    print(f"{name}: jsonschema {error!r}")
                     break
                 if not fits:
-                    print(f"{file.stem}: {case['description']}: {matcher.text} does not fit {case['schema']}")
-    print(f"{held} schemas held to, {whole} whole answers; {sum(refused.values())} refused:")
+                    print(f"{name}: {reply.text} does not fit {schema}")
+    print(f"{kind}: {held} schemas held to, {whole} whole answers; {sum(refused.values())} refused:")
     for reason, count in refused.most_common():
         print(f"  {count:3} {reason}")
 

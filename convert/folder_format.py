@@ -13,9 +13,12 @@ from typing import Any
 
 from mlx_gemma3.checkpoint.entries import Packing
 from mlx_gemma3.checkpoint.safetensors import PATCH_WEIGHT
-from mlx_gemma3.config import GLOBAL, Config
+from mlx_gemma3.config import GLOBAL, SHIELD, Config
 
 from .writer import Planned
+
+SHIELD_CLASS = "ShieldGemma2ForImageClassification"
+CLASS_KEYS = ("yes_token_index", "no_token_index")
 
 
 def published_name(name: str, config: Config) -> str:
@@ -28,8 +31,9 @@ def published_name(name: str, config: Config) -> str:
         ("vision_tower.", "vision_tower.vision_model."),
     ):
         if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
+            name = theirs + name.removeprefix(ours)
+            break
+    return name if config.classes is None else f"model.{name}"  # a whole Gemma 3 inside the classifier
 
 
 def config_json(config: Config, *, dtype: str, packings: Mapping[str, Packing]) -> dict[str, Any]:
@@ -76,12 +80,13 @@ def config_json(config: Config, *, dtype: str, packings: Mapping[str, Packing]) 
     else:
         vision = config.vision
         out = {
-            "architectures": ["Gemma3ForConditionalGeneration"],
+            "architectures": ["Gemma3ForConditionalGeneration" if config.classes is None else SHIELD_CLASS],
             "boi_token_index": config.boi_token_id,
             "eoi_token_index": config.eoi_token_id,
             "image_token_index": config.image_token_id,
             "mm_tokens_per_image": config.mm_tokens_per_image,
-            "model_type": "gemma3",
+            "model_type": "gemma3" if config.classes is None else SHIELD,
+            **({} if config.classes is None else dict(zip(CLASS_KEYS, config.classes, strict=True))),
             **top,
             # mlx-lm and mlx-vlm look for these two beside text_config, and for the tokens of a picture inside it.
             "hidden_size": text.hidden_size,

@@ -24,6 +24,7 @@ from mlx_gemma3.config import Config
 from mlx_gemma3.errors import TokenizerError
 from mlx_gemma3.prompt.added import SPACE
 from mlx_gemma3.prompt.protobuf import varint
+from mlx_gemma3.prompt.template_files import ADDITIONAL
 from mlx_gemma3.prompt.vocabulary import (
     BOS,
     BYTE_PIECE,
@@ -70,6 +71,9 @@ def write_side_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
         for other in present[1:]:
             if not _agrees(vocabulary, source / other):
                 copied.remove(other)
+    if source.is_dir() and (more := sorted((source / ADDITIONAL).glob("*.jinja"))):
+        (folder / ADDITIONAL).mkdir()
+        copied += [f"{ADDITIONAL}/{path.name}" for path in more]
     for name in copied:
         shutil.copyfile(source / name, folder / name)
     made = _vocabulary_files(checkpoint, vocabulary, frozenset(copied)) if vocabulary is not None else {}

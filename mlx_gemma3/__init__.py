@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from .config import Config
     from .convert import convert
     from .prompt import images
+    from .prompt.chat_template import ChatTemplate
     from .prompt.processor import Processor, Prompt
     from .prompt.template import render_chat
     from .prompt.tokenizer import Tokenizer
+    from .prompt.tool_calls import parse_tool_calls
     from .runtime.engine import Engine, Reply, Session, Stream, load
     from .tune import tune
 
 __all__ = [
+    "ChatTemplate",
     "Config",
     "Engine",
     "Gemma3Error",
@@ -36,12 +39,14 @@ __all__ = [
     "images",
     "load",
     "load_model",
+    "parse_tool_calls",
     "render_chat",
     "tune",
 ]
 __version__ = "0.1.0"
 
 _HOME = {
+    "ChatTemplate": "prompt.chat_template",
     "Config": "config",
     "Engine": "runtime.engine",
     "Processor": "prompt.processor",
@@ -52,6 +57,7 @@ _HOME = {
     "Tokenizer": "prompt.tokenizer",
     "load": "runtime.engine",
     "load_model": "checkpoint.load",
+    "parse_tool_calls": "prompt.tool_calls",
     "render_chat": "prompt.template",
 }
 

@@ -176,6 +176,8 @@ class Config:
     pad_token_id: int = 0
     eos_token_ids: tuple[int, ...] = (1, 106)
     tie_word_embeddings: bool = True
+    # ShieldGemma 2: the ids of "Yes" and "No", whose logits after the prompt are its classes
+    classes: tuple[int, int] | None = field(default=None, repr=False)
     # as MLX writes it: group_size, bits, mode, and entries by module name; None when nothing is packed
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)
     embedder: EmbedderConfig | None = field(default=None, repr=False)  # set by `open_checkpoint`; not in config.json
@@ -183,6 +185,9 @@ class Config:
     def __post_init__(self) -> None:
         rows = self.text.vocab_size
         for name, token in (("pad_token_id", self.pad_token_id), ("bos_token_id", self.bos_token_id)):
+            if not 0 <= token < rows:
+                raise ConfigError(name, got=token, want=f"an id below vocab_size {rows} (config.json)")
+        for name, token in zip(("yes_token_index", "no_token_index"), self.classes or (), strict=False):
             if not 0 <= token < rows:
                 raise ConfigError(name, got=token, want=f"an id below vocab_size {rows} (config.json)")
         if self.vision is None:
@@ -226,14 +231,14 @@ class Config:
         """As `from_file`, from the parsed JSON object."""
         model_type = values.get("model_type")
         nested = "text_config" in values
-        if model_type not in ("gemma3", "gemma3_text") or (model_type == "gemma3_text" and nested):
+        if model_type not in _MODEL_TYPES or (model_type == "gemma3_text" and nested):
             raise ConfigError(
                 "model_type",
                 got=repr(model_type),
                 want="'gemma3' or 'gemma3_text' (config.json)",
                 do="this program runs Gemma 3 only",
             )
-        if model_type == "gemma3" and not nested:
+        if model_type != "gemma3_text" and not nested:
             raise ConfigError("text_config", got="nothing", want="an object (config.json)")
 
         text_values = _object(values, "text_config") if nested else values
@@ -256,10 +261,13 @@ class Config:
             pad_token_id=_either(values, "pad_token_id", "pad_token_id", text_values.get("pad_token_id", 0)),
             eos_token_ids=_eos_ids(values.get("eos_token_id", text_values.get("eos_token_id"))),
             tie_word_embeddings=_switch(tied, "tie_word_embeddings", True),
+            classes=_read_classes(values) if model_type == SHIELD else None,
             quantization=_read_quantization(values),
         )
 
 
+SHIELD = "shieldgemma2"  # transformers' classifier: a whole Gemma 3 inside
+_MODEL_TYPES = ("gemma3", "gemma3_text", SHIELD)
 _TEXT_KEYS = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "query_pre_attn_scalar sliding_window sliding_window_pattern _sliding_window_pattern layer_types rope_theta "
@@ -273,8 +281,13 @@ _VISION_KEYS = frozenset(
 )
 _TOP_KEYS = frozenset(
     "text_config vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index "
-    "boi_token_id eoi_token_id image_token_id tie_word_embeddings".split()
+    "boi_token_id eoi_token_id image_token_id tie_word_embeddings yes_token_index no_token_index".split()
 )
+
+
+def _read_classes(values: Mapping[str, Any]) -> tuple[int, int]:
+    """The ids of "Yes" and "No" (transformers 5.23, configuration_shieldgemma2.py)."""
+    return _number(values, "yes_token_index", 10784), _number(values, "no_token_index", 3771)
 
 
 def _read_text(values: Mapping[str, Any]) -> TextConfig:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,17 @@ def test_freed_buffers_go_after_each_chunk_and_now_and_then_while_writing(
         runner = engine._thread._scheduler.runner
         engine._thread.call(lambda _: prefill.prefill(runner, [5] * 40, runner.make_caches(), chunk=8))
         assert released.count("chunk") == 6
+
+
+def test_the_queue_of_the_engines_thread_is_freed_in_that_thread(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[int] = []
+    with g3.load(base_folder) as engine:
+        ident = engine._thread.call(lambda _: threading.get_ident())
+        monkeypatch.setattr(mx, "clear_streams", lambda: freed.append(threading.get_ident()))
+        monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert freed == [ident]
 
 
 @pytest.mark.parametrize(

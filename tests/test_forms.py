@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 import mlx_gemma3 as g3
 from mlx_gemma3.errors import OptionError
+from mlx_gemma3.grammar import schema
 
 WILD: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1}
 RECEIPT: dict[str, Any] = {
@@ -69,6 +70,13 @@ def test_a_class_gives_an_instance(chat: g3.Engine) -> None:
 def test_an_answer_that_is_cut_off_says_so(chat: g3.Engine) -> None:
     reply = chat.generate("the", schema=RECEIPT, max_tokens=20, seed=1, **WILD)
     assert reply.finish_reason == "length" and reply.parsed is None and len(reply.tokens) == 20
+
+
+def test_numbers_beyond_floats_are_whole_ones_or_refused() -> None:
+    assert schema.parsed("[1e400, -1e-400, 0.5]") == [10**400, 0.0, 0.5]
+    for number in ("1e5000", f"1e{9**30}"):
+        with pytest.raises(ValueError, match="digits"):
+            schema.parsed(number)
 
 
 def test_choices_regexes_and_grammars(chat: g3.Engine) -> None:

@@ -32,7 +32,8 @@ GREEDY: dict[str, Any] = {"temperature": 0}
 
 @pytest.fixture(scope="module")
 def base(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[g3.Engine]:
-    with g3.load(endless(text_folder, tmp_path_factory.mktemp("endless"))) as engine:
+    """Without guesses, so that every token is a step, with the same logits to the last bit."""
+    with g3.load(endless(text_folder, tmp_path_factory.mktemp("endless")), speculation=False) as engine:
         yield engine
 
 

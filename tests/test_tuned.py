@@ -64,8 +64,10 @@ def test_a_template_means_tuned_whatever_the_names_and_end_ids_are(give: Give, e
         assert (opened(folder, name).instruct, opened(folder, name).notes) == (True, ()), name
         give(folder, CHATML)
         other = opened(folder, name)
-        assert other.instruct and len(other.notes) == 1
-        assert name in other.notes[0] and "another text than Gemma 3's own and is not used" in other.notes[0]
+        assert (other.instruct, other.notes) == (True, ()) and other.template is not None
+        give(folder, "x")
+        (note,) = opened(folder, name).notes
+        assert name in note and "does not read the messages and is not used" in note
 
 
 def test_without_a_template_the_name_decides_and_it_is_told(tmp_path: Path) -> None:
@@ -131,32 +133,17 @@ def other(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_engine_and_the_commands_tell(other: Path, tmp_path: Path) -> None:
+def test_the_engine_and_the_commands_use_it(other: Path, tmp_path: Path) -> None:
     with g3.load(other) as engine:
-        (note,) = engine.about["notes"]
-        assert engine.about["instruct"] and "is not used" in note
-    asked = ["--max-tokens", "2", "-m", str(other)]
-    text = tmp_path / "text.txt"
-    text.write_text("the model is in the house and the user is not " * 4, encoding="utf-8")
-    for words, quiet in (
-        (["generate", *asked, "hi"], True),
-        (["chat", *asked], True),
-        (["inspect", str(other)], False),
-        (["convert", str(other), str(tmp_path / "out"), "--overwrite"], True),
-        (["evaluate", str(other), "--text", str(text)], True),
-    ):
-        for more in ([], ["--quiet"]) if quiet else ([],):
-            done = subprocess.run([*COMMAND, *words, *more], input="hi\n", capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, done.stderr
-            assert done.stderr.count(f"note: {note}\n") == (not more), (words, done.stderr)
-            assert note not in done.stdout
-
-
-def test_inspect_says_it_in_json(other: Path) -> None:
-    done = subprocess.run([*COMMAND, "inspect", str(other), "--json"], capture_output=True, text=True, timeout=120)
-    found = json.loads(done.stdout)
-    assert "is not used" in found["notes"][0] and found["chat_template"] == "chat_template.jinja"
-    assert done.stderr == ""
+        assert engine.about["instruct"] and not engine.about["notes"]
+        written = "<|im_start|>user\\nhi<|im_end|>\\n"  # as its text spells it, outside of tags
+        assert engine.count_tokens("hi") == 1 + len(engine.tokenizer.encode(written))
+        assert engine.generate("hi", max_tokens=2).usage["prompt_tokens"] == engine.count_tokens("hi")
+    done = subprocess.run([*COMMAND, "inspect", str(other)], capture_output=True, text=True, timeout=120)
+    assert "chat_template.jinja: its own turns" in done.stdout and done.stderr == ""
+    g3.convert(other, tmp_path / "out")
+    again = opened(tmp_path / "out", "out").template
+    assert again is not None and again.render([{"role": "user", "content": "hi"}]) == written
 
 
 def test_convert_keeps_what_only_the_name_said(tmp_path: Path) -> None:

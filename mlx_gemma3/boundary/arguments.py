@@ -144,6 +144,14 @@ def _schema(value: Any) -> Any:
     return json.loads(json.dumps(_mapping(value)))
 
 
+def _values(value: Any) -> dict[str, Any]:
+    """Values by name, which are copied: JSON's types."""
+    found = json.loads(json.dumps(_mapping(value)))
+    if not all(isinstance(name, str) for name in value):
+        raise TypeError
+    return dict(found)
+
+
 def _tools(value: Any) -> tuple[Any, ...]:
     """Functions, or objects, which are copied."""
     if isinstance(value, str | Mapping) or (given := elements(value)) is None:
@@ -166,6 +174,7 @@ KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "number": (_number, "a number"),
     "paths": (_paths, "a path for each name, names of letters, digits, -, _ and ."),
     "biases": (_biases, "a number for each token id"),
+    "values": (_values, "values by name, of the kinds that JSON has"),
     "schema": (_schema, "a JSON schema: an object, its text, a pydantic model or a dataclass"),
     "tools": (_tools, "a list of functions, or of objects that describe them"),
 }

@@ -23,6 +23,7 @@ import numpy as np
 from ..boundary.gguf_header import GGUFHeader, GGUFTensor
 from ..config import Config
 from ..errors import CheckpointError
+from ..model.shard import WHOLE, Shard
 from .entries import Entry, Packing
 from .gguf_blocks import BlockType, block_type, empty_rows, read_rows
 from .safetensors import PATCH_WEIGHT, channels_last
@@ -83,11 +84,14 @@ _SHIFTED = re.compile(r"language_model\..*norm\.weight|multi_modal_projector\.mm
 
 
 def read_tensors(
-    header: GGUFHeader, projector: GGUFHeader | None, config: Config, dtype: mx.Dtype
+    header: GGUFHeader, projector: GGUFHeader | None, config: Config, dtype: mx.Dtype, shard: Shard = WHOLE
 ) -> dict[str, mx.array]:
     """Every tensor by canonical name, packed where the file is, with all floats in dtype; evaluated, one after another.
 
     float32 rounds nothing: types that MLX cannot pack without loss are floats then, otherwise 8 bits (GGUFStore).
+
+    Args:
+        shard: the part of each tensor that is kept.
 
     Raises:
         CheckpointError: as GGUFStore, or a file that is cut off while it is read.
@@ -97,7 +101,8 @@ def read_tensors(
     for entry in store.entries:
         parts = store.read(entry)
         for name, array in parts.items():
-            parts[name] = array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+            part = shard.own(name, array, config.text)
+            parts[name] = part.astype(dtype) if mx.issubdtype(part.dtype, mx.floating) else part
         mx.eval(parts)  # what has another dtype in the file goes before the next tensor comes
         tensors |= parts
     return tensors

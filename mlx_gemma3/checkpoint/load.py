@@ -23,6 +23,8 @@ from ..config import Config
 from ..errors import CheckpointError, ConfigError, OptionError
 from ..model.adapter import attach
 from ..model.gemma3 import Gemma3
+from ..model.shard import WHOLE, Shard, check_machines
+from ..prompt.chat_template import ChatTemplate
 from ..prompt.tokenizer import Tokenizer
 from ..visible import listed
 from . import gguf, gguf_config
@@ -33,7 +35,7 @@ from .packings import dtype_name, packings
 from .safetensors import EMBEDDING, is_vision, read_folder
 from .sentence import read_embedder
 from .source import Source, resolve
-from .tuned import find_template, gguf_template, judge
+from .tuned import folder_template, gguf_templates, judge
 
 NO_DENSE = (
     "this embedding model holds no dense matrices: its vectors are the pooled hidden states, and no vectors of "
@@ -54,6 +56,8 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # sentences for whoever loads it
     gguf: tuple[GGUFHeader, GGUFHeader | None] | None = field(default=None, repr=False, compare=False)
     no_pictures: str = ""  # what to do where a vision part is missing
+    # its own chat templates; None where turns are written as Gemma 3 writes them
+    template: ChatTemplate | None = field(default=None, repr=False, compare=False)
 
     def tokenizer(self) -> Tokenizer:
         """Read the vocabulary. Raises TokenizerError without a usable one."""
@@ -74,15 +78,14 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
             config = replace(config, embedder=read_embedder(source.path, config.text))
         tied = config.embedder is not None or (config.tie_word_embeddings and not has_own_head(source.path))
         generation = _read_generation(source.path / "generation_config.json")
-        headers, missing, found = None, "", find_template(source.path)
-        template = found[1] if found is not None else None
+        headers, missing, template = None, "", folder_template(source.path)
     else:
         header, vision_part, missing = gguf_config.read_headers(source.path, text_only=text_only)
         headers = (header, vision_part)
         config = gguf_config.read_config(*headers)
         tied = not gguf_has_own_head(header)
         generation = _gguf_generation(header)
-        template = gguf_template(header)
+        template = gguf_templates(header)
         names.append(str(header.settings.get("general.name", "")))
     instruct, notes = judge(source.name, template, names) if config.embedder is None else (False, [])
     if config.embedder is not None and not config.embedder.dense:
@@ -100,6 +103,7 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
         notes=tuple(notes),
         gguf=headers,
         no_pictures=missing,
+        template=template if config.embedder is None and template is not None and template.is_own else None,
     )
 
 
@@ -111,6 +115,7 @@ def load_model(
     text_only: bool = False,
     late_embedding: bool = False,
     adapter: str | Path | None = None,
+    shard: Shard = WHOLE,
 ) -> Gemma3:
     """The model with its weights: lazy arrays where the file is safetensors, read when first evaluated.
 
@@ -122,25 +127,27 @@ def load_model(
         late_embedding: on the CPU leave an embedding of 16 bits as it is, for a model that will be fused: it is half
             of what a small model reads, and not needed in float32 before the second token.
         adapter: a folder of PEFT's, mlx-lm's or mlx-vlm's: its matrices are AdaptedLinear then.
+        shard: the part that this machine holds of the model; of safetensors nothing else is read.
 
     Raises:
         SourceError, ConfigError: no such source, or not Gemma 3; no adapter, or one that is not computed here.
         CheckpointError: tensors missing, extra, of a wrong shape, or files that are cut off.
-        OptionError: another dtype.
+        OptionError: another dtype, or a number of machines that the model does not divide among.
     """
     target = _dtype(dtype)
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(resolve(source, text_only=text_only, quiet=True), text_only=text_only)
+    check_machines(source.config, shard.size)
     text_only = text_only or source.text_only
     config = replace(source.config, vision=None) if text_only else source.config
     if source.gguf is None:
-        tensors = read_folder(source.path, config, text_only=text_only)
+        tensors = read_folder(source.path, config, text_only=text_only, shard=shard)
     else:
         header, projector = source.gguf
         projector = None if text_only else projector
         check_entries(config, gguf.GGUFStore(header, projector, config).entries, source.path)
-        tensors = gguf.read_tensors(header, projector, config, target)
-    model = fitted_model(config, tensors, where=source.path)
+        tensors = gguf.read_tensors(header, projector if shard.rank == 0 else None, config, target, shard)
+    model = fitted_model(config, tensors, where=source.path, shard=shard)
     late = late_embedding and target == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
     model.load_weights(
         [
@@ -164,7 +171,7 @@ def _dtype(name: str) -> mx.Dtype:
     return mx.float32 if name == "float32" else mx.bfloat16
 
 
-def fitted_model(config: Config, tensors: Mapping[str, mx.array], *, where: Path) -> Gemma3:
+def fitted_model(config: Config, tensors: Mapping[str, mx.array], *, where: Path, shard: Shard = WHOLE) -> Gemma3:
     """A model without its weights whose parameters are exactly these tensors: packed modules where they have scales.
 
     Nothing is evaluated.
@@ -172,7 +179,7 @@ def fitted_model(config: Config, tensors: Mapping[str, mx.array], *, where: Path
     Raises:
         CheckpointError: tensors missing or unknown, or of a wrong shape or type.
     """
-    model = Gemma3(config)
+    model = Gemma3(config, shard)
     packed = dict(packings(model, tensors, model.config.quantization, where))
     if packed:
         nn.quantize(model, class_predicate=lambda path, _: packed.get(path, False))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ from ..model.cache import KV_BITS, KV_GROUP, STEP, WindowCache
 from ..model.chunks import GRAIN, SCORE_BYTES, SHORTEST, UNFUSED, chunk_size, score_bytes, unfused_chunk
 from ..model.device import memory_bytes, neural_accelerators
 from ..model.gemma3 import Gemma3
+from ..model.shard import Shard, check_machines
 from .entries import Entry, Packing
 from .safetensors import is_vision
 
@@ -250,24 +251,55 @@ def largest_context(
 
 
 @cache
-def parameter_shapes(config: Config) -> Mapping[str, tuple[int, ...]]:
-    """Every parameter of this model by canonical name. Taken from a model whose arrays are never computed."""
-    return {name: array.shape for name, array in tree_flatten(Gemma3(config).parameters())}
+def parameter_shapes(config: Config, machines: int = 1) -> Mapping[str, tuple[int, ...]]:
+    """Every parameter of this model by canonical name, or of the part on the first of several machines.
+
+    Taken from a model whose arrays are never computed.
+    """
+    model = Gemma3(config, Shard(0, machines))
+    return {name: array.shape for name, array in tree_flatten(model.parameters())}
 
 
-def planned_bytes(config: Config, bits: int, *, group_size: int = 64, dtype_bytes: int = 2) -> int:
+def share_of(config: Config, machines: int) -> Config:
+    """What the first of several machines computes, as a config for `estimate`; its logits are whole. See shard.py.
+
+    Raises:
+        OptionError: the model does not divide among so many.
+    """
+    check_machines(config, machines)
+    text, shard = config.text, Shard(0, machines)
+    heads, kv, inner = shard.heads(text), len(shard.kv_range(text)), text.intermediate_size // machines
+    own = replace(text, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=inner)
+    return replace(config, text=own)
+
+
+def share_of_entries(entries: Iterable[Entry], config: Config, machines: int) -> list[Entry]:
+    """What the first of several machines, which has the tower, holds of a checkpoint."""
+    shard, own = Shard(0, machines), []
+    for entry in entries:
+        shape = list(entry.shape)
+        if (cut := shard.cut(entry.name, entry.shape, config.text)) is not None:
+            shape[cut[0]] = cut[1].stop - cut[1].start
+        own.append(replace(entry, shape=tuple(shape)))
+    return own
+
+
+def planned_bytes(config: Config, bits: int, *, group_size: int = 64, dtype_bytes: int = 2, machines: int = 1) -> int:
     """Weights of this model once converted to `bits`, as `convert --bits` packs them, in memory.
 
     Packed are the matrices of the decoder, its embedding and head; the vision tower, the projector and the norms stay
     plain. 16 bits pack nothing.
 
+    Args:
+        machines: that share it; the weights are those of the first.
+
     Raises:
-        OptionError: bits that MLX does not pack.
+        OptionError: bits that MLX does not pack, a number of machines that the model does not divide among.
     """
     if bits not in WEIGHT_BITS:
         raise OptionError("bits", got=bits, want=", ".join(map(str, WEIGHT_BITS)))
     total = 0
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in parameter_shapes(config, machines).items():
         packs = bits < 16 and len(shape) == 2 and name.endswith(".weight") and not is_vision(name)
         packing = Packing(bits, group_size) if packs and shape[1] % group_size == 0 else None
         total += _held(shape, packing, dtype_bytes)

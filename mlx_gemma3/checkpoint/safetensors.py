@@ -25,7 +25,9 @@ import mlx.core as mx
 from ..boundary.reading import open_regular, parse_json, read_json
 from ..config import Config
 from ..errors import CheckpointError
+from ..model.shard import WHOLE, Shard
 from ..visible import listed
+from .parts import part_of
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "language_model.embed_tokens.weight"
@@ -136,14 +138,15 @@ def _not_safetensors(path: Path, size: int) -> CheckpointError:
 def canonical_name(name: str) -> str:
     """The model's name for a published one; a name of no known style comes back as it is.
 
-    model.layers.0.… · language_model.model.layers.0.… · model.language_model.layers.0.…
+    model.layers.0.… · language_model.model.layers.0.… · model.language_model.layers.0.… · of ShieldGemma 2 also
+    model.language_model.model.layers.0.… · model.model.language_model.model.layers.0.…
         → language_model.layers.0.…
     vision_tower.vision_model.encoder.… · model.vision_tower.[vision_model.]encoder.…
         → vision_tower.encoder.…
     lm_head.… · language_model.lm_head.…
         → lm_head.…
     """
-    name = name.removeprefix("model.")
+    name = name.removeprefix("model.").removeprefix("model.")
     if name.startswith("language_model."):
         rest = name.removeprefix("language_model.").removeprefix("model.")
         return rest if rest.startswith("lm_head.") else f"language_model.{rest}"
@@ -301,17 +304,29 @@ def dense_weights(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def read_folder(folder: Path, config: Config, *, text_only: bool = False) -> dict[str, mx.array]:
+def read_folder(folder: Path, config: Config, *, text_only: bool = False, shard: Shard = WHOLE) -> dict[str, mx.array]:
     """The folder's tensors by canonical name: lazy arrays, read from disk when they are evaluated.
 
     Only what the model uses is in the result, so nothing else is ever read.
 
+    Args:
+        shard: of the model on this machine: other parts are not read.
+
     Raises:
         CheckpointError: as `locate`, or a file that MLX cannot read.
+        OptionError: groups of a packed matrix would be cut.
     """
-    places = locate(folder, config, text_only=text_only)
+    places = locate(folder, config, text_only=text_only or shard.rank > 0)
     files = {path: _map_file(path) for path in dict.fromkeys(place.path for place in places.values())}
-    tensors = {name: files[place.path][place.info.name] for name, place in places.items()}
+    tensors = {}
+    for name, place in places.items():
+        cut = shard.cut(name, place.info.shape, config.text)
+        info = place.info
+        tensors[name] = (
+            files[place.path][info.name]
+            if cut is None
+            else part_of(place.path, info.dtype, info.shape, info.start, *cut)
+        )
     if (weight := tensors.get(PATCH_WEIGHT)) is not None:
         tensors[PATCH_WEIGHT] = channels_last(weight)
     return tensors

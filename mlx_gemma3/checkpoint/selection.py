@@ -24,6 +24,7 @@ CONFIG_FILES = (
 # Of an embedding model as sentence-transformers writes it (sentence.py), and of its modules' folders.
 MODULES, PROMPT_FILE, LENGTH_FILE = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 SENTENCE_FILES = (MODULES, PROMPT_FILE, LENGTH_FILE)
+MORE_TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 MODULE_FILE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors)", re.ASCII)
 _LORA = "a LoRA adapter"
 _BESIDE = "load its base model with --adapter PATH (adapters=…), or melt it in: mlx-gemma3 convert BASE --adapter PATH"
@@ -107,6 +108,7 @@ def choose(
     if "config.json" not in top:
         raise ConfigError(place, got="no config.json", want="a model's folder: config.json and model*.safetensors")
     small = [name for name in (*CONFIG_FILES, INDEX) if name in top]
+    small += sorted(name for name in names if MORE_TEMPLATES.fullmatch(name))
     if MODULES in top:  # an embedding model's: a folder for each module, its matrix among them
         small += [name for name in SENTENCE_FILES if name in top]
         small += sorted(name for name in names if MODULE_FILE.fullmatch(name))

@@ -16,31 +16,31 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..boundary.gguf_header import GGUFHeader
-from ..boundary.reading import open_regular, read_json
+from ..boundary.reading import read_json
 from ..errors import ConfigError
-from ..prompt.template import is_own_template
+from ..prompt.chat_template import ChatTemplate
+from ..prompt.template_files import DEFAULT, TemplateFiles, find_templates
 from ..visible import shortened, visible
 
 _BLOB = re.compile(r"sha256[-:][0-9a-f]+")  # how Ollama calls its files
 _WORDS = frozenset(("it", "instruct", "chat"))
-_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # the first that holds one decides
 
 
-def judge(name: str, template: str | None, others: Iterable[str]) -> tuple[bool, list[str]]:
+def judge(name: str, template: ChatTemplate | None, others: Iterable[str]) -> tuple[bool, list[str]]:
     """Whether the checkpoint is tuned for chat, and what a person should know of how that was decided.
 
     Args:
         name: as the user said it.
-        template: its chat template, None without one.
+        template: its chat templates, None without one.
         others: more names of it: the folder's or file's, what a GGUF calls itself.
     """
     shown = shortened(visible(name), 100)
     if template is not None:
-        if is_own_template(template):
+        if template.reads("messages"):
             return True, []
         return True, [
-            f"the chat template of {shown} is another text than Gemma 3's own and is not used: turns are written as "
-            "Gemma 3 writes them; with generate --raw (raw=True) you write the whole prompt yourself"
+            f"the chat template of {shown} does not read the messages and is not used: turns are written as Gemma 3 "
+            "writes them"
         ]
     names = (name.rstrip("/").rpartition("/")[2], *others)
     if not _WORDS.intersection(word for one in names for word in re.split(r"[^a-z0-9]+", one.lower())):
@@ -62,13 +62,16 @@ def find_template(folder: Path) -> tuple[str, str] | None:
     Raises:
         ConfigError: a file that cannot be read, or a template that is no text.
     """
-    for name in _FILES:
-        if not (path := folder / name).is_file():
-            continue
-        text = _read_text(path) if path.suffix == ".jinja" else _text(path, _values(path).get("chat_template"))
-        if text.strip():
-            return name, text
-    return None
+    found = find_templates(folder, anywhere=True)
+    if found is None:
+        return None
+    return found.file, found.texts.get(DEFAULT, next(iter(found.texts.values())))
+
+
+def folder_template(folder: Path) -> ChatTemplate | None:
+    """A folder's chat templates. Raises ConfigError: as `find_template`."""
+    found = find_templates(folder, anywhere=True)
+    return None if found is None else ChatTemplate(found)
 
 
 def own_template() -> str:
@@ -84,26 +87,7 @@ def gguf_template(header: GGUFHeader) -> str | None:
     return template if isinstance(template, str) and template.strip() else None
 
 
-def _read_text(path: Path) -> str:
-    try:
-        with open_regular(path) as file:
-            return file.read(1 << 20).decode("utf-8", "replace")
-    except OSError as error:
-        raise ConfigError(f"{path}", got=error.strerror or error, want="a readable template") from None
-
-
-def _values(path: Path) -> dict[str, object]:
-    values = read_json(path, ConfigError)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}", got=type(values).__name__, want="a JSON object")
-    return values
-
-
-def _text(path: Path, value: object) -> str:
-    """A template as JSON holds it: a text, or a list of {"name", "template"}."""
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        named = {str(item.get("name")): item.get("template") for item in value}
-        value = named.get("default", next(iter(named.values()), None))
-    if value is None or isinstance(value, str):
-        return value or ""
-    raise ConfigError(f"{path}: chat_template", got=type(value).__name__, want="a text or a list of named texts")
+def gguf_templates(header: GGUFHeader) -> ChatTemplate | None:
+    """The chat templates of a GGUF file."""
+    template = gguf_template(header)
+    return None if template is None else ChatTemplate(TemplateFiles({DEFAULT: template}, header.path.name))

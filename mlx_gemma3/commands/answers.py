@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -53,13 +54,13 @@ def _parameter(name: str) -> inspect.Parameter:
     default, flag = default_of(name), "--" + (setting.word or name).replace("_", "-")
     if setting.kind == "switch":
         kind: Any = Annotated[bool, typer.Option(flag, help=setting.help)]
-    elif setting.kind in ("texts", "biases"):
+    elif setting.kind in ("texts", "biases", "values"):
         kind = Annotated[list[str] | None, typer.Option(flag, help=setting.help, show_default=False)]
         default = None
     elif default is not None:
         kind = Annotated[int, typer.Option(help=setting.help)]
     else:
-        kind = Annotated[_TYPES[setting.kind], typer.Option(help=setting.help, show_default=_shown(setting))]
+        kind = Annotated[_TYPES[setting.kind], typer.Option(flag, help=setting.help, show_default=_shown(setting))]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
@@ -76,6 +77,8 @@ def _flagged(name: str, value: Any) -> Any:
         return _written(name, value)
     if kind == "texts":
         return value or []
+    if kind == "values":
+        return _values(name, value or [])
     return _biases(name, value or []) if kind == "biases" else value
 
 
@@ -103,14 +106,29 @@ def typed(name: str, text: str) -> Any:
     """
     kind = SETTINGS[name].kind
     try:
-        if kind in ("texts", "biases"):
+        if kind in ("texts", "biases", "values"):
             words = shlex.split(text)
-            return words if kind == "texts" else _biases(name, words)
+            return words if kind == "texts" else _biases(name, words) if kind == "biases" else _values(name, words)
+        if kind == "text":
+            return text
         if kind == "switch":
             return _SWITCH[text.lower()]
         return int(text) if kind == "whole" else float(text)
     except (KeyError, ValueError):
         raise OptionError(name, got=text, want=_WANT.get(kind, "a number")) from None
+
+
+def _values(name: str, words: list[str]) -> dict[str, Any]:
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise OptionError(name, got=repr(word), want="NAME=VALUE, as enable_thinking=true")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
 
 
 def _biases(name: str, words: list[str]) -> dict[int, float]:

@@ -32,6 +32,9 @@ def fit(
     memory: Annotated[
         float | None, typer.Option(help="GiB of another Mac's memory.", show_default="this machine's")
     ] = None,
+    machines: Annotated[
+        int, typer.Option(help="So many alike, that share a model (docs/macs.md); the figures are each one's.", min=1)
+    ] = 1,
     text_only: Annotated[bool, typer.Option("--text-only", help="Without the vision tower.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -45,6 +48,7 @@ def fit(
         local_kv_bits=local_kv_bits,
         bits=bits,
         memory=memory,
+        machines=machines,
         text_only=text_only,
     )
     if as_json:
@@ -77,10 +81,12 @@ def tokens_text(tokens: int) -> str:
     return f"{int(tokens / 102.4) / 10:g}k"
 
 
-def _machine_line(machine: dict[str, Any]) -> str:
+def _machine_line(about: dict[str, Any]) -> str:
+    machine, machines = about["machine"], about["machines"]
+    shared = f"{machines} machines that share a model, and of each: " if machines > 1 else ""
     return (
-        f"{machine['name']}, {_gib(machine['memory'])} GiB of memory: {_gib(machine['budget'])} GiB for the model "
-        f"({machine['rule']})"
+        f"{shared}{machine['name']}, {_gib(machine['memory'])} GiB of memory: {_gib(machine['budget'])} GiB for the "
+        f"model ({machine['rule']})"
     )
 
 
@@ -94,7 +100,7 @@ def sizes_report(about: dict[str, Any]) -> list[str]:
         cells.append([size, *(f"{_gib(row['weights'])} {_cell(row):>{11 if 'fits' in row else 6}}" for row in same)])
     asked = f"whether {tokens_text(about['context'])} fit, and " if about["context"] else ""
     return [
-        _machine_line(machine),
+        _machine_line(about),
         f"GiB of weights, {asked}the longest context that fits (cache in {_bits(about['kv_bits'], machine)}):",
         *table(cells, "<" + ">" * len(many)),
     ]
@@ -124,7 +130,7 @@ def one_report(about: dict[str, Any]) -> list[str]:
     elif about["fits"]:
         verdict += f"; up to {tokens_text(longest)} tokens do"
     heading = f"{one_line(about['model'])}, {about['context']:,} tokens"
-    lines = [_machine_line(machine), "", f"{heading}:", *table(rows, "<><", headed=False), "", f"{heading}: {verdict}"]
+    lines = [_machine_line(about), "", f"{heading}:", *table(rows, "<><", headed=False), "", f"{heading}: {verdict}"]
     if not about["fits"]:
         lines += [f"would fit: {other}" for other in about["remedies"]] or ["nothing of this size would"]
         if smaller := about["smaller"]:

@@ -69,7 +69,7 @@ def report(about: dict[str, Any]) -> list[str]:
         "parameters": f"{about['parameters']:,}",
         "on disk": f"{amount(about['bytes'])}, {about['bits_per_weight']:.2f} bits a weight",
         "tokenizer": f"{tokenizer['file']}, {tokenizer['vocabulary']:,} pieces" if tokenizer else "none",
-        "chat template": about["chat_template"] or "none",
+        "chat template": _template(about),
         "generation": ", ".join(f"{name} {_plain(value)}" for name, value in settings.items()) or "no settings",
     }
     lines = [one_line(about["name"]), *(f"{name:<15}{value}" for name, value in head.items()), ""]
@@ -176,3 +176,11 @@ def amount(size: int) -> str:
 
 def _plain(value: object) -> str:
     return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _template(about: dict[str, Any]) -> str:
+    """Where the chat template stands, and whether its own or Gemma 3's turns are written."""
+    file, of = about["chat_template"], about["chat_template_of"]
+    if of is None:
+        return file or "none"
+    return f"{file or 'none'}: {'its own turns' if of == 'own' else 'turns as Gemma 3 writes them'}"

@@ -7,29 +7,59 @@ import os
 import sys
 import traceback
 import warnings
+from collections import UserDict
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
+from ..boundary.launch import launched
 from ..boundary.system import check_system
-from ..errors import Gemma3Error
+from ..errors import Gemma3Error, OptionError
 from ..visible import one_line
-from .bench import bench
-from .chat import chat
-from .convert import convert
-from .embed import embed
-from .evaluate import evaluate
-from .fit import fit
-from .generate import generate
-from .inspect import inspect
-from .serve import serve
+from .machines import ALONE, ON_MACHINES, follow_first
 from .streams import OutputLost
 from .terminal import say, tell
-from .tune import tune
-from .worker import worker
+
+_NAMES = (
+    "generate",
+    "chat",
+    "embed",
+    "classify",
+    "convert",
+    "tune",
+    "evaluate",
+    "inspect",
+    "fit",
+    "bench",
+    "serve",
+    "worker",
+)
+
+
+class _Commands(UserDict[str, Any]):
+    """By name; a command's file is imported when it is asked for, so that none waits for the others."""
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(_NAMES))
+
+    def __getitem__(self, name: str) -> Any:
+        if self.data[name] is None:
+            alone = typer.Typer(add_completion=False)
+            alone.command()(getattr(import_module(f".{name}", __package__), name))
+            self.data[name] = typer.main.get_command(alone)
+        return self.data[name]
+
+
+class _Program(typer.core.TyperGroup):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _Commands()
+
 
 app = typer.Typer(
     name="mlx-gemma3",
+    cls=_Program,
     help="Gemma 3 on Apple Silicon, on MLX: words and pictures, exact and fast.",
     no_args_is_help=True,
     add_completion=True,
@@ -50,24 +80,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _program(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
     check_system()
-
-
-app.command()(generate)
-app.command()(chat)
-app.command()(embed)
-app.command()(convert)
-app.command()(tune)
-app.command()(evaluate)
-app.command()(inspect)
-app.command()(fit)
-app.command()(bench)
-app.command()(serve)
-app.command()(worker)
+    if launched() and context.invoked_subcommand in ON_MACHINES:
+        follow_first()
+    elif launched() and context.invoked_subcommand in ALONE:
+        raise OptionError(
+            context.invoked_subcommand, got="several machines (mlx.launch)", want="one", do="run it without mlx.launch"
+        )
 
 
 def run() -> int:

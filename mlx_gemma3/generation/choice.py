@@ -67,7 +67,7 @@ class Chooser:
         self._seen: mx.array | None = None  # (1, V) bool, of the prompt and the answer
         self._counts: mx.array | None = None  # (1, V) float32, of the answer
         self._bias: mx.array | None = None  # (1, V) float32
-        self._allowed: NDArray[np.uint32] | None = None
+        self.allowed: NDArray[np.uint32] | None = None  # by the constraint, now
         self._early: list[int] = []  # of the answer, forced before there were such arrays
         self._counts_needed = bool(sampling.presence_penalty or sampling.frequency_penalty)
         self.adjusts = (
@@ -76,12 +76,13 @@ class Chooser:
             or bool(sampling.logit_bias)
             or constraint is not None
         )
+        self.takes_back = _takes_back(constraint)  # so that a guess can be tried on it
         self.look_up()
 
     def look_up(self) -> None:
         """Ask the constraint what may come next."""
         if self.constraint is not None and not self.complete:
-            self._allowed = self.constraint.allowed()
+            self.allowed = self.constraint.allowed()
 
     @property
     def complete(self) -> bool:
@@ -110,11 +111,87 @@ class Chooser:
             self.chose(mx.array(found))
         return found
 
+    def fitting(self, draft: Sequence[int]) -> tuple[list[int], list[NDArray[np.uint32] | None]]:
+        """As much of a draft as the constraint lets through, short of a token that ends the answer or forces others.
+
+        Returns:
+            it, and what is allowed at each place of it and after it; no masks without a constraint.
+        """
+        if self.constraint is None:
+            return list(draft), []
+        fits: list[int] = []
+        masks = [self.allowed]
+        try:
+            for token in draft:
+                mask = masks[-1]
+                if mask is not None and not mask[token // 32] >> token % 32 & 1:
+                    break
+                self.constraint.accept(token)
+                fits.append(token)
+                forces = self.sampling.logprobs is None and self.constraint.forced()
+                if self.constraint.complete or forces:
+                    fits.pop()
+                    self.constraint.rewind(1)
+                    break
+                masks.append(self.constraint.allowed())
+        finally:
+            self.constraint.rewind(len(fits))
+        return fits, masks
+
+    def along(self, logits: mx.array, draft: Sequence[int], masks: Sequence[NDArray[np.uint32] | None]) -> Along:
+        """The choice at each place of a draft and after it, each as if the draft were written up to there.
+
+        Args:
+            logits: (k + 1, V) float32, as the model gave them.
+            draft: k tokens.
+            masks: from `fitting`.
+        """
+        rows, states = logits, []
+        if self.adjusts:
+            parts = []
+            for place in range(len(draft) + 1):
+                if place:
+                    self.chose(mx.array([draft[place - 1]]))
+                if masks:
+                    self.allowed = masks[place]
+                parts.append(self.adjust(logits[place : place + 1]))
+                states.append((self._seen, self._counts))
+            rows = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        keys: list[mx.array] = []
+        after = [self._key]
+        if not self.sampling.greedy:
+            for _ in range(len(draft) + 1):
+                keys.append(self.key())
+                after.append(self._key)
+        tokens, count = sample(rows, self.sampling, keys), self.sampling.logprobs
+        return Along(tokens, None if count is None else _likelihood(logits, tokens, count), after[1:], states)
+
+    def took(self, along: Along, tokens: Sequence[int], most: int) -> list[int]:
+        """Of what was chosen along a draft, these were taken; otherwise as `accept`."""
+        place = len(tokens) - 1
+        if along.keys:
+            self._key = along.keys[place]
+        if along.states:
+            self._seen, self._counts = along.states[place]
+            self.chose(mx.array([tokens[-1]]))
+        if self.constraint is not None:
+            for token in tokens[:-1]:
+                self.constraint.accept(token)
+        return self.accept(tokens[-1], most)
+
     def key(self) -> mx.array:
         """A new one for each token."""
         assert self._key is not None
         self._key, now = mx.random.split(self._key)
         return now
+
+    def coming_keys(self, count: int) -> list[mx.array | None]:
+        """Those that `key` will give next; None for greedy choices, which need none."""
+        if self._key is None:
+            return [None] * count
+        kept, keys = self._key, [self.key() for _ in range(count)]
+        self._key = kept
+        return list(keys)
 
     def adjust(self, logits: mx.array) -> mx.array:
         """(1, V) float32 with penalties, bias and constraint."""
@@ -138,8 +215,8 @@ class Chooser:
                 ids = mx.array(list(sampling.logit_bias))
                 self._bias[:, ids] = mx.array([float(bias) for bias in sampling.logit_bias.values()])
             logits = logits + self._bias
-        if self._allowed is not None:
-            logits = mx.where(unpacked(self._allowed, logits.shape[-1]), logits, -mx.inf)
+        if self.allowed is not None:
+            logits = mx.where(unpacked(self.allowed, logits.shape[-1]), logits, -mx.inf)
         return logits
 
     def chose(self, token: mx.array) -> None:
@@ -148,6 +225,33 @@ class Chooser:
             self._seen = mx.put_along_axis(self._seen, token[None], mx.array(True), axis=-1)
         if self._counts is not None:
             self._counts = self._counts.at[:, token].add(1)
+
+
+def _takes_back(constraint: Constraint | None) -> bool:
+    try:
+        if constraint is not None:
+            constraint.rewind(0)
+    except NotImplementedError:
+        return False
+    return True
+
+
+@dataclass
+class Along:
+    """The choices along a draft, not computed yet, and what the chooser is after each."""
+
+    tokens: mx.array  # (k + 1,) int32
+    likelihood: tuple[mx.array, mx.array, mx.array] | None
+    keys: list[mx.array | None]  # none of greedy ones
+    states: list[tuple[mx.array | None, mx.array | None]]  # what was seen and counted before each; () if none adjusts
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.tokens, *(self.likelihood or ())]
+
+    def likelihoods(self) -> list[Likelihood | None]:
+        """One for each place; waits for the device."""
+        return [None] * len(self.tokens) if self.likelihood is None else list(_on_host(self.likelihood))
 
 
 @dataclass

@@ -23,14 +23,15 @@ class Grammar:
     Args:
         text: Lark, as llguidance takes it.
         name: what the user calls it, for errors.
+        controls: control tokens that answers may hold: those that the grammar names.
 
     Raises:
         OptionError: llguidance cannot hold an answer to it, or is not installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, text: str, name: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, text: str, name: str, controls: Collection[int] = frozenset()) -> None:
         library = llguidance()
-        self.tokenizer, self.name = tokenizer, name
+        self.tokenizer, self.name, self.controls = tokenizer, name, frozenset(controls)
         lark = library.LLMatcher.grammar_from_lark(_NO_FORCING + text)
         self._matcher = library.LLMatcher(built(tokenizer), lark, log_level=0)
         if self._matcher.is_error():
@@ -58,7 +59,7 @@ class Matcher:
         self._tokenizer = grammar.tokenizer
         words = -(-max(self._tokenizer.vocab_size, rows) // 32)
         self._ending = _bits(ends, words)
-        self._never = _bits(sorted(self._tokenizer.special_ids | set(ends)), words)
+        self._never = _bits(sorted((self._tokenizer.special_ids - grammar.controls) | set(ends)), words)
         self._free = free_first
         self._text = ""  # the end of the free text
         self._fence: list[int] = []  # the rest of the fence, where the free text was long enough

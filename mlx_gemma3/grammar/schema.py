@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from ..errors import OptionError
@@ -167,7 +167,10 @@ def _number(text: str) -> float | int:
     value = float(text)
     if abs(value) != float("inf"):
         return value
-    exact = Decimal(text)
+    try:
+        exact = Decimal(text)
+    except InvalidOperation:  # even its exponent is beyond all bounds
+        raise ValueError(f"a number of too many digits: {text}") from None
     if exact.adjusted() > 4000:
         raise ValueError(f"a number of {exact.adjusted()} digits")
     return int(exact)

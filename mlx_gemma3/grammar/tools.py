@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,11 +71,6 @@ def lark(tools: Sequence[Tool], *, choice: str, parallel: bool) -> str:
         head = json.dumps('{"name": ' + json.dumps(tool.name) + ', "parameters": ')
         lines.append(f'call_{number}: {head} {rule(tool.parameters, f"tool {tool.name}: parameters")} "}}"')
     return "\n".join(lines) + "\n"
-
-
-def new_id() -> str:
-    """A name for a call."""
-    return f"call_{secrets.token_hex(12)}"
 
 
 def _tool(tool: Any, where: str) -> Tool:

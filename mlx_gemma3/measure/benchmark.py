@@ -18,7 +18,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoint.load import Checkpoint, load_model, open_checkpoint
+from ..checkpoint.load import Checkpoint, open_checkpoint
+from ..checkpoint.memory import share_of, share_of_entries
 from ..checkpoint.published import size_of
 from ..checkpoint.source import resolve
 from ..checkpoint.weights import open_store
@@ -28,8 +29,9 @@ from ..generation.choice import Chooser, choose
 from ..generation.prefill import prefill
 from ..generation.sampling import Sampling
 from ..model.cache import KV_BITS, KV_GROUP, SLACK
-from ..model.runner import Runner, on_device
-from ..runtime.fitting import check_memory
+from ..model.runner import Runner
+from ..runtime.loaded import EngineOptions
+from ..runtime.loading import load_runner
 from .machine import machine
 from .roofline import Bandwidth, bandwidth, step_kv_bytes, step_weight_bytes
 
@@ -187,14 +189,14 @@ def measure(
     """
     progress("loading", 0, 0)
     text_only = plan.images == 0
-    checkpoint = open_checkpoint(resolve(source, text_only=text_only, quiet=True), text_only=text_only)
+    found = resolve(source, text_only=text_only, quiet=True)
+    checkpoint = open_checkpoint(found, text_only=text_only)
     plan = plan.fitted(checkpoint)
     assert plan.prompts is not None and plan.contexts is not None and plan.images is not None
-    if not force:
-        context = max(*plan.prompts, max(plan.contexts) + plan.tokens)
-        check_memory(checkpoint, dtype=dtype, kv_bits=plan.kv_bits, local_kv_bits=16, max_context=context)
+    context = max(*plan.prompts, max(plan.contexts) + plan.tokens)
+    options = EngineOptions(dtype=dtype, text_only=text_only, kv_bits=plan.kv_bits, max_context=context, force=force)
     began = time.perf_counter()
-    runner = on_device(load_model(checkpoint, dtype=dtype))
+    _, runner = load_runner(found, options)
     load_seconds = time.perf_counter() - began
     weights = mx.get_active_memory()
     speed = bandwidth()
@@ -203,6 +205,7 @@ def measure(
     def step(what: str) -> None:
         nonlocal done
         progress(what, done, total)
+        runner.beat()
         done += 1
 
     prompts, decoding, pictures = [], [], None
@@ -217,7 +220,7 @@ def measure(
         pictures = measure_pictures(runner, plan.images, repeat=plan.repeat)
     step("sampling")
     vocabulary = checkpoint.config.text.vocab_size
-    return Benchmark(
+    result = Benchmark(
         model=checkpoint.name,
         size=size_of(checkpoint.config),
         dtype=str(runner.dtype).removeprefix("mlx.core."),
@@ -234,6 +237,8 @@ def measure(
         sampling={how: measure_sampling(vocabulary, kind, repeat=plan.repeat) for how, kind in SAMPLINGS.items()},
         notes=checkpoint.notes,
     )
+    runner.close()
+    return result
 
 
 def measure_prompt(runner: Runner, size: int, *, kv_bits: int = 16, repeat: int = 3) -> PromptFigures:
@@ -260,8 +265,9 @@ def _measure_depth(runner: Runner, checkpoint: Checkpoint, depth: int, plan: Pla
     rates, peak = measure_decoding(
         runner, depth, tokens=plan.tokens, batch=plan.batch, kv_bits=plan.kv_bits, repeat=plan.repeat
     )
-    config, size = checkpoint.config, runner.dtype.size
-    entries = open_store(checkpoint).entries
+    machines, size = runner.shard.size, runner.dtype.size
+    config = share_of(checkpoint.config, machines)
+    entries = share_of_entries(open_store(checkpoint).entries, checkpoint.config, machines)
     if runner.unpacked_bytes:  # what a step reads then
         entries = [replace(entry, packing=None) for entry in entries]
     weights = step_weight_bytes(entries, config, batch=plan.batch, dtype_bytes=size)

@@ -65,6 +65,7 @@ def _describe(checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any
         "matrices": _matrices(entries),
         "tokenizer": _tokenizer(checkpoint),
         "chat_template": _template(checkpoint),
+        "chat_template_of": _template_of(checkpoint),
         "generation": dict(checkpoint.generation),
         "memory": _memory(checkpoint, entries),
     }
@@ -169,6 +170,13 @@ def _template(checkpoint: Checkpoint) -> str | None:
         return checkpoint.path.name if gguf_template(checkpoint.gguf[0]) is not None else None
     found = find_template(checkpoint.path)
     return found[0] if found is not None else None
+
+
+def _template_of(checkpoint: Checkpoint) -> str | None:
+    """Who wrote the turns' form: the checkpoint, or Gemma 3; None of a checkpoint that only completes."""
+    if checkpoint.template is not None:
+        return "own"
+    return "gemma3" if checkpoint.instruct else None
 
 
 def _memory(checkpoint: Checkpoint, entries: Sequence[Entry]) -> list[dict[str, Any]]:

@@ -19,15 +19,18 @@ from ..checkpoint.memory import (
     loaded_bytes,
     other_mac,
     planned_bytes,
+    share_of,
+    share_of_entries,
     this_machine,
 )
-from ..checkpoint.published import SIZES, size_in, size_of
+from ..checkpoint.published import SIZES, member_in, size_of
 from ..checkpoint.source import resolve
 from ..checkpoint.weights import open_store
 from ..config import Config
 from ..errors import OptionError, SourceNotFound
 from ..model.cache import KV_BITS, STEP, WindowCache
 from ..model.chunks import score_bytes
+from ..model.shard import check_machines, fitting_machines
 
 BITS = (16, 8, 4)  # that are offered; others may be asked for
 CONTEXT = 8192  # asked about when nobody says
@@ -42,6 +45,7 @@ def fitting(
     bits: int | None,
     memory: float | None,
     text_only: bool,
+    machines: int = 1,
 ) -> dict[str, Any]:
     """What fits: `one` for a model, `all_sizes` without one.
 
@@ -50,9 +54,10 @@ def fitting(
         context: tokens to hold.
         bits: of the weights; None for what is stored, else the most that fit.
         memory: GiB of another Mac; None for this machine.
+        machines: that share the model, each as this one.
 
     Raises:
-        OptionError: bits that there are not.
+        OptionError: bits that there are not, machines that the model does not divide among.
         SourceNotFound: no such path, and no size in the name.
     """
     for name, asked in (("--kv-bits", kv_bits), ("--local-kv-bits", local_kv_bits)):
@@ -62,9 +67,18 @@ def fitting(
         raise OptionError("--bits", got=bits, want=", ".join(map(str, WEIGHT_BITS)))
     machine = this_machine() if memory is None else other_mac(memory)
     if model is None:
-        sizes = [replace(_published(size, text_only=text_only), local_kv_bits=local_kv_bits) for size in SIZES]
+        many = {size: fitting_machines(config) for size, config in SIZES.items()}
+        if not any(machines in numbers for numbers in many.values()):
+            want = "; ".join(f"{' or '.join(map(str, numbers))} for {size}" for size, numbers in many.items())
+            raise OptionError("--machines", got=machines, want=want)
+        sizes = [
+            replace(_published(size, text_only=text_only), local_kv_bits=local_kv_bits, machines=machines)
+            for size, numbers in many.items()
+            if machines in numbers
+        ]
         return all_sizes(sizes, machine, context, kv_bits, bits)
-    subject = replace(_find(model, text_only=text_only), local_kv_bits=local_kv_bits)
+    subject = replace(_find(model, text_only=text_only), local_kv_bits=local_kv_bits, machines=machines)
+    check_machines(subject.config, machines)
     return one(subject, machine, context, kv_bits, bits)
 
 
@@ -76,16 +90,23 @@ class Subject:
     config: Config
     entries: Sequence[Entry] = ()  # of a checkpoint; none of a size
     local_kv_bits: int = 16
+    machines: int = 1  # that share it; figures are those of the first, which has the tower
+
+    @property
+    def share(self) -> Config:
+        """What a machine computes of it."""
+        return share_of(self.config, self.machines)
 
     def weights(self, bits: int | None, machine: Machine) -> int:
         """Bytes in memory at these bits; None: as the checkpoint is."""
         if bits is None:
-            return loaded_bytes(self.entries, dtype_bytes=machine.dtype_bytes)
-        return planned_bytes(self.config, bits, dtype_bytes=machine.dtype_bytes)
+            entries = share_of_entries(self.entries, self.config, self.machines)
+            return loaded_bytes(entries, dtype_bytes=machine.dtype_bytes)
+        return planned_bytes(self.config, bits, dtype_bytes=machine.dtype_bytes, machines=self.machines)
 
     def need(self, bits: int | None, machine: Machine, context: int, kv_bits: int) -> Estimate:
         return estimate(
-            self.config,
+            self.share,
             self.weights(bits, machine),
             context=context,
             kv_bits=kv_bits,
@@ -98,7 +119,7 @@ class Subject:
     def longest(self, bits: int | None, machine: Machine, kv_bits: int) -> int:
         """The longest context that fits; 0 for none."""
         return largest_context(
-            self.config,
+            self.share,
             self.weights(bits, machine),
             machine.budget,
             kv_bits=kv_bits,
@@ -120,10 +141,11 @@ def _find(model: str, *, text_only: bool) -> Subject:
         size = size_of(checkpoint.config)
         name = checkpoint.name + (f" ({size})" if size else "")
         return Subject(name, checkpoint.config, open_store(checkpoint).entries)
-    if (size := size_in(model)) is None:
+    if (found := member_in(model)) is None:
         sizes = ", ".join(SIZES).lower()
         raise SourceNotFound(repr(model), got="no such path, and no size in the name", want=f"{sizes}, or a path")
-    return _published(size, text_only=text_only)
+    size, config = found
+    return Subject(size, replace(config, vision=None) if text_only else config)
 
 
 def _published(size: str, *, text_only: bool) -> Subject:
@@ -141,7 +163,8 @@ def all_sizes(
             longest = subject.longest(each, machine, kv_bits)
             row = {"size": size, "bits": each, "weights": subject.weights(each, machine), "largest_context": longest}
             rows.append(row | ({"fits": longest >= tokens} if tokens else {}))
-    return {"machine": asdict(machine), "kv_bits": kv_bits, "context": tokens, "sizes": rows}
+    about = {"machine": asdict(machine), "machines": subjects[0].machines}
+    return about | {"kv_bits": kv_bits, "context": tokens, "sizes": rows}
 
 
 def one(subject: Subject, machine: Machine, tokens: int | None, kv_bits: int, bits: int | None) -> dict[str, Any]:
@@ -164,6 +187,7 @@ def one(subject: Subject, machine: Machine, tokens: int | None, kv_bits: int, bi
     ]
     about = {
         "machine": asdict(machine),
+        "machines": subject.machines,
         "model": subject.name,
         "limit": limit,
         "bits": bits,
@@ -184,7 +208,9 @@ def _smaller(subject: Subject, machine: Machine, context: int, kv_bits: int) -> 
     """The largest published size below this one that holds as much in this memory, in the most bits; None for none."""
     for size in reversed(list(SIZES)):
         other = _published(size, text_only=subject.config.vision is None)
-        other = replace(other, local_kv_bits=subject.local_kv_bits)
+        if subject.machines not in fitting_machines(other.config):
+            continue
+        other = replace(other, local_kv_bits=subject.local_kv_bits, machines=subject.machines)
         for bits in BITS:
             less = other.weights(bits, machine) < subject.weights(bits, machine)
             if less and other.longest(bits, machine, kv_bits) >= context:
@@ -194,7 +220,7 @@ def _smaller(subject: Subject, machine: Machine, context: int, kv_bits: int) -> 
 
 def _explained(subject: Subject, machine: Machine, context: int, kv_bits: int) -> dict[str, str]:
     """The factors of each part, as memory.py multiplies them."""
-    config = subject.config
+    config = subject.share
     text, kinds = config.text, config.text.layer_types
     global_layers = sum(text.is_global(layer) for layer in range(len(kinds)))
     row = f"layers x 2 x {text.num_key_value_heads} heads x {text.head_dim} x"

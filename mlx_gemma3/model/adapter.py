@@ -10,13 +10,15 @@ Sources: PEFT 0.21, tuners/lora/layer.py and dora.py; mlx-lm 0.32, tuner/lora.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import TextConfig
 from .gemma3 import Gemma3
+from .shard import Shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +81,30 @@ def attach(model: Gemma3, adapter: Adapter) -> None:
     model.freeze()
 
 
-def gain_of(module: nn.Module, term: LowRank) -> mx.array | None:
-    """What DoRA multiplies a matrix's results with: (out,) float32; None for LoRA."""
+def own_terms(adapter: Adapter, config: TextConfig, shard: Shard) -> Adapter:
+    """What one of several machines needs of an adapter: of each matrix the rows or columns that it holds itself."""
+
+    def own(path: str, term: LowRank) -> LowRank:
+        cut = shard.cut(f"{path}.weight", (term.b.shape[0], term.a.shape[1]), config)
+        if cut is None:
+            return term
+        axis, part = cut
+        if axis == 1:
+            return replace(term, a=term.a[:, part])
+        return replace(term, b=term.b[part], magnitude=None if term.magnitude is None else term.magnitude[part])
+
+    return {path: own(path, term) for path, term in adapter.items()}
+
+
+def gain_of(module: nn.Module, term: LowRank, summed: Callable[[mx.array], mx.array] = lambda x: x) -> mx.array | None:
+    """What DoRA multiplies a matrix's results with: (out,) float32; None for LoRA.
+
+    Args:
+        summed: over the machines that have columns of the matrix, each its own.
+    """
     if term.magnitude is None:
         return None
-    gain = term.magnitude / lengths(numbers_of(module) + term.b @ term.a)
+    gain = term.magnitude / mx.sqrt(summed(mx.square(numbers_of(module) + term.b @ term.a).sum(axis=-1)))
     mx.eval(gain)
     return gain
 

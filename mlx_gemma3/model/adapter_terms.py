@@ -31,6 +31,7 @@ LayerTerms = tuple[tuple[Term | None, ...], tuple[Term | None, ...]]  # before a
 # What the fused decoder joins, as fused.FusedLayer does, before attention and after it.
 BEFORE = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),)
 AFTER = (("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+COLUMNS = ("self_attn.o_proj", "mlp.down_proj")  # several machines have some columns each (shard.py)
 
 MIXES = 2  # sets of several adapters whose arrays side by side are kept
 
@@ -63,7 +64,7 @@ class AdapterTerms:
             dtype: of the activations.
         """
         self._modules: Mapping[str, nn.Module] = dict(text.named_modules())
-        self._layers, self._matrix, self._dtype = len(text.layers), matrix, dtype
+        self._layers, self._matrix, self._dtype, self._shard = len(text.layers), matrix, dtype, text.shard
         self._joined: dict[str, list[list[_Joined | None]]] = {}  # by name, layer, joined matrix
         self._alone: dict[str, Sequence[LayerTerms]] = {}
         self._mixes: OrderedDict[tuple[str, ...], Sequence[LayerTerms]] = OrderedDict()
@@ -110,7 +111,11 @@ class AdapterTerms:
             if term is not None:
                 above, below = sum(outs[:part]), sum(outs[part + 1 :])
                 columns.append(mx.pad(term.b, [(above, below), (0, 0)]))
-        gains = [None if term is None else gain_of(module, term) for term, module in zip(terms, modules, strict=True)]
+        summed = [self._shard.sum if part in COLUMNS else lambda x: x for part in parts]
+        gains = [
+            None if term is None else gain_of(module, term, over)
+            for term, module, over in zip(terms, modules, summed, strict=True)
+        ]
         gain = None
         if any(one is not None for one in gains):
             ones = [mx.ones((out,)) if one is None else one for one, out in zip(gains, outs, strict=True)]

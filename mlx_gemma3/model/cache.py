@@ -227,7 +227,7 @@ class Caches:
 
     def fork(self) -> Caches:
         """The same once more, by reference: whichever of the two writes first copies what it writes to."""
-        other = object.__new__(Caches)
+        other = object.__new__(type(self))
         other.layers = []
         for layer in self.layers:
             twin: Any = WindowCache(layer.window, layer.bits) if layer.window is not None else GlobalCache(layer.bits)
@@ -269,6 +269,21 @@ class Caches:
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.position <= position]
         self.ends_in_image = False
         return known.logits if known is not None else None
+
+    @property
+    def slack(self) -> int:
+        """How many tokens, of those that one call read last, `take_back` can always take back."""
+        return min((layer.slack for layer in self.layers if isinstance(layer, WindowCache)), default=SLACK)
+
+    def take_back(self, count: int) -> None:
+        """Forget the last `count` tokens, at most `slack`, of those that one call read: nothing else is lost with them.
+
+        A local layer holds W - 1 rows before every call, if so many were read, and W - 1 + slack after its rows moved.
+        """
+        position = self.offset - count
+        for layer in self.layers:
+            assert layer.reaches(position), (position, layer.offset, layer.filled)
+            layer.rewind(position)
 
     @property
     def extent(self) -> Extent:

@@ -1,6 +1,6 @@
 """Where the tokens of one forward pass stand, and what each may attend to: the only door between layers and caches.
 
-A chunk is a stretch of tokens (B, L) on one set of caches, or on none. A step is one token for each of several
+A chunk is a stretch of tokens (B, L) on one set of caches, or on none. A step is a token, or a few, for each of several
 sequences, each on its own caches: matrices take all of them together, attention goes sequence by sequence, so nothing
 is padded, and sequences join and leave from one step to the next. Texts of an embedding model and the sequences that a
 model is trained on go the same way: all their tokens are rows of one product, and each attends to itself alone.
@@ -86,14 +86,26 @@ class Chunk:
 
 
 class Step:
-    """One token of each sequence, each on its own caches. No mask: a local cache returns no more than the window."""
+    """The next tokens of each sequence, each on its own caches: one of each, or `counts`, one behind another.
 
-    def __init__(self, rows: Sequence[Caches]) -> None:
-        self.rows = rows
-        self.positions = mx.array([caches.offset for caches in rows])
+    Every token is a row of its own, (T, 1, D). For a single one there is no mask: a local cache returns no more than
+    the window.
+    """
+
+    def __init__(self, rows: Sequence[Caches], counts: Sequence[int] | None = None) -> None:
+        self.rows, self.counts = rows, counts if counts is not None and max(counts) > 1 else None
+        self._offsets = [caches.offset for caches in rows]
+        self._masks: dict[tuple[int, int | None], mx.array | str | None] = {}
+        if self.counts is None:
+            self.positions = mx.array(self._offsets)
+            return
+        places = [range(offset, offset + count) for offset, count in zip(self._offsets, self.counts, strict=True)]
+        self.positions = mx.array([place for those in places for place in those])
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
-        both = mx.concatenate([k, v], axis=1)  # (B, 2 K, 1, D)
+        both = mx.concatenate([k, v], axis=1)  # (T, 2 K, 1, D)
+        if self.counts is not None:
+            return self._several(q, both, rule, attend, self.counts)
         if len(self.rows) == 1:
             return self._row(self.rows[0], q, both, rule, attend)
         found = [
@@ -101,6 +113,25 @@ class Step:
             for row, caches in enumerate(self.rows)
         ]
         return mx.concatenate(found)
+
+    def _several(
+        self, q: mx.array, both: mx.array, rule: Rule, attend: Attend, counts: Sequence[int]
+    ) -> mx.array:  # (T, H, 1, D)
+        found, start = [], 0
+        for row, (caches, count) in enumerate(zip(self.rows, counts, strict=True)):
+            cache, some = caches[rule.layer], slice(start, start + count)
+            keys, values = keys_and_values(cache.append(both[some].transpose(2, 1, 0, 3)))
+            mask = self._mask(row, count, keys[0].shape[2], rule.window)
+            mine = attend(q[some].transpose(2, 1, 0, 3), keys, values, scale=rule.scale, mask=mask, bits=cache.bits)
+            found.append(mine.transpose(2, 1, 0, 3))
+            start += count
+        return found[0] if len(found) == 1 else mx.concatenate(found)
+
+    def _mask(self, row: int, count: int, key_count: int, window: int | None) -> mx.array | str | None:
+        """The same in all layers of a kind."""
+        if (row, window) not in self._masks:
+            self._masks[row, window] = attention_mask(count, self._offsets[row], key_count, window=window)
+        return self._masks[row, window]
 
     @staticmethod
     def _row(caches: Caches, q: mx.array, both: mx.array, rule: Rule, attend: Attend) -> mx.array:

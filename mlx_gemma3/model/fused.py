@@ -127,6 +127,7 @@ class LayerFunctions:
     def __init__(self, kernels: Kernels, attention: Attention, eps: float) -> None:
         self.kernels, self.eps = kernels, eps
         self.heads, self.kv_heads, self.size = attention.heads, attention.kv_heads, attention.head_dim
+        self.sum = attention.shard.sum  # over the machines
 
     def before(
         self,
@@ -176,11 +177,13 @@ class LayerFunctions:
         """
         kernels, eps, (batch, length, _) = self.kernels, self.eps, x.shape
         found = (attended if length == 1 else attended.transpose(0, 2, 1, 3)).reshape(batch, length, -1)
-        x = kernels.add(x, kernels.norm(self._multiply(found, [o], terms[0], slots), after_attention, eps))
+        found = self.sum(self._multiply(found, [o], terms[0], slots))
+        x = kernels.add(x, kernels.norm(found, after_attention, eps))
         both = self._multiply(kernels.norm(x, before_mlp, eps), gate_up, terms[1], slots)
         gate, up = mx.split(both, 2, axis=-1)
         inner = kernels.geglu(gate, up)
-        return kernels.add(x, kernels.norm(self._multiply(inner, [down], terms[2], slots), after_mlp, eps))
+        found = self.sum(self._multiply(inner, [down], terms[2], slots))
+        return kernels.add(x, kernels.norm(found, after_mlp, eps))
 
     def _multiply(self, x: mx.array, matrices: Matrices, term: Term | None, slots: mx.array | None) -> mx.array:
         parts = [self.kernels.multiply(x, matrix) for matrix in matrices]

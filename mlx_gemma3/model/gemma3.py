@@ -22,6 +22,7 @@ from . import embedder
 from .cache import Caches, check_padding
 from .context import Chunk, Texts
 from .layers import Linear
+from .shard import WHOLE, Shard, check_machines
 from .text import TextModel
 from .vision import PLAIN, Projector, TowerKernels, VisionTower
 
@@ -32,13 +33,22 @@ class Gemma3(nn.Module):
     runner.py runs it on a device.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, shard: Shard = WHOLE) -> None:
+        """
+        Args:
+            config: of the whole model.
+            shard: the part of it that this machine holds.
+
+        Raises:
+            OptionError: the model does not divide among so many machines.
+        """
         super().__init__()
-        self.config = config
-        self.language_model = TextModel(config.text)
+        check_machines(config, shard.size)
+        self.config, self.shard = config, shard
+        self.language_model = TextModel(config.text, shard)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        if config.vision is not None:
+            self.lm_head = Linear(config.text.hidden_size, len(shard.vocabulary(config.text)), bias=False)
+        if config.vision is not None and shard.rank == 0:
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config, config.vision)
         if config.embedder is not None and config.embedder.dense:
@@ -116,23 +126,42 @@ class Gemma3(nn.Module):
         Raises:
             PromptError: see `__call__`.
         """
+        ids, image, blocks = self.place(tokens, 0 if features is None else features.shape[0], caches, spans)
+        return self.rows(ids, image, features), mx.array(blocks) if blocks is not None else None
+
+    def place(
+        self,
+        tokens: mx.array | np.ndarray | Sequence[Sequence[int]],
+        pictures: int,
+        caches: Caches | None = None,
+        spans: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """What `embed` looks at on the host, before anything is computed; arguments and errors are its.
+
+        Args:
+            pictures: N.
+
+        Returns:
+            (B, L) ids, (B, L) bool: a picture's rows go there, (B, L) int32 image blocks or None.
+        """
         ids = np.asarray(tokens)
         if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
             raise PromptError("tokens", got=f"{ids.dtype} of shape {ids.shape}", want="integers (B, L), L >= 1")
         image = ids == self.config.image_token_id
         if spans is not None:
             image &= _inside(spans, ids.shape[1])
-        blocks = self._image_blocks(ids, image, 0 if features is None else features.shape[0], caches)
+        return ids, image, self._image_blocks(ids, image, pictures, caches)
+
+    def rows(self, ids: np.ndarray, image: np.ndarray, features: mx.array | None) -> mx.array:
+        """(B, L, D) rows of what `place` returned."""
         rows = self.language_model.embed(mx.array(ids.astype(np.int32)))
-        if features is not None and blocks is not None:
-            rows = _replace_rows(rows, features, image)
-        return rows, mx.array(blocks) if blocks is not None else None
+        return rows if features is None or not image.any() else _replace_rows(rows, features, image)
 
     def head(self, hidden: mx.array) -> mx.array:
         """(B, L, D) → (B, L, V) float32: the embedding, unscaled, or lm_head where the checkpoint has its own."""
         tied = self.config.tie_word_embeddings
         logits = self.language_model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
-        return logits.astype(mx.float32)
+        return self.shard.logits(logits, self.config.text).astype(mx.float32)
 
     def vectors(self, texts: Sequence[Sequence[int]], skipped: Sequence[int] | None = None) -> mx.array:
         """The vectors of an embedding model (`config.embedder`).

@@ -2,16 +2,19 @@
 
 prompt  ─ read ─ hidden ─ head ─ logits          a chunk of one sequence, into its caches
 tokens  ─ step ─ logits                          one token of each of several sequences, each into its own caches
+tokens  ─ verify ─ logits ─ take_back            some tokens of each, of which the last may turn out wrong
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import Gemma3Error
 from . import cpu, embedder
 from .adapter import Adapter
 from .adapter_terms import AdapterTerms, adapted_tower
@@ -42,12 +45,13 @@ class Runner:
         Args:
             between: called before each layer; what it raises leaves the model as it was, its weights partly read.
         """
-        self.model, self.config = model, model.config
+        self.model, self.config, self.shard = model, model.config, model.shard
         self.dtype: mx.Dtype = model.language_model.norm.weight.dtype  # of the activations
         self.ahead = kernels is None or kernels.ahead  # a step may be issued before the one before is read
         self.unpacked_bytes = 0  # of packed matrices that are kept as float32 too
         self.unfused_chunk = UNFUSED  # tokens to read at once where attention is not fused
         self.fused_from = 0  # queries from which heads of 256 are; 0: never
+        self.rest: float | None = None  # seconds with nothing to do after which it wants `beat`; None for never
         self._kernels, self._tower = kernels, tower
         self._adapters: AdapterTerms | None = None
         self._towers: dict[str, TowerKernels] = {}  # of adapters that do something to the tower
@@ -66,6 +70,16 @@ class Runner:
             self._widen_at_step = tied and isinstance(embedding, nn.Embedding) and embedding.weight.dtype != self.dtype
             mx.eval(model.parameters())
 
+    def beat(self) -> None:
+        """Called while nothing is asked for, every `rest` seconds."""
+
+    def gone(self, error: BaseException) -> Gemma3Error | None:
+        """An error after which nothing can be computed any more, said so that it can be told; None for others."""
+        return None
+
+    def close(self) -> None:
+        """Called once, when nothing more will be asked for."""
+
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """Let sequences be computed with an adapter: those whose caches are made with its name.
 
@@ -76,7 +90,7 @@ class Runner:
         if self._adapters is None:
             self._adapters = AdapterTerms(self.model.language_model, self._kernels.matrix, self.dtype)
         self._adapters.add(name, adapter)
-        if self.config.vision is not None:
+        if "vision_tower" in self.model:
             tower = adapted_tower(self.model.vision_tower, self._tower, adapter, self.dtype)
             if tower is not None:
                 self._towers[name] = tower
@@ -118,6 +132,12 @@ class Runner:
         """
         assert caches is None or caches.padding is None, _PADDED
         rows, blocks = self.model.embed(tokens, features, caches, spans)
+        return self.decode_chunk(rows, blocks, caches, last_only=last_only)
+
+    def decode_chunk(
+        self, rows: mx.array, blocks: mx.array | None, caches: Caches | None, *, last_only: bool
+    ) -> mx.array:
+        """The rest of `read`, from what Gemma3.embed returned on."""
         names = [] if caches is None else [caches.adapter]
         return self._decode(rows, Chunk(rows.shape[1], caches, blocks), names, last_only=last_only)
 
@@ -129,6 +149,30 @@ class Runner:
         Args:
             rows: the caches of each sequence, B of them, each of one sequence without padding.
         """
+        return self._step(tokens, rows, None)
+
+    def verify(self, tokens: mx.array, rows: Sequence[Caches], counts: Sequence[int], last: Sequence[int]) -> mx.array:
+        """As `step`, several tokens of each sequence, which may be a guess: `take_back` takes the wrong ones back.
+
+        Args:
+            tokens: (T,) int32, those of the first sequence before those of the next.
+            counts: how many are of each sequence, at least 1; T together.
+            last: of how many of each, the last, logits are wanted.
+
+        Returns:
+            (sum of `last`, V) float32.
+        """
+        return self._step(tokens, rows, counts, last)
+
+    def take_back(self, rows: Sequence[Caches], counts: Sequence[int]) -> None:
+        """Forget the last tokens of each sequence: no more than `Caches.slack`, of those that `verify` read last."""
+        for caches, count in zip(rows, counts, strict=True):
+            if count:
+                caches.take_back(count)
+
+    def _step(
+        self, tokens: mx.array, rows: Sequence[Caches], counts: Sequence[int] | None, last: Sequence[int] = ()
+    ) -> mx.array:
         if self._widen_at_step:
             assert self._kernels is not None
             embedding = self.model.language_model.embed_tokens
@@ -139,7 +183,15 @@ class Runner:
             assert caches.padding is None, _PADDED
             caches.ends_in_image = False
         hidden = self.model.language_model.embed(tokens[:, None])
-        return self.head(self._decode(hidden, Step(rows), [caches.adapter for caches in rows]))[:, 0]
+        names = [caches.adapter for caches in rows]
+        if counts is None:
+            return self.head(self._decode(hidden, Step(rows), names))[:, 0]
+        names = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+        found = self._decode(hidden, Step(rows, counts), names)
+        if list(counts) != list(last):
+            ends = accumulate(counts)
+            found = found[mx.array([at for end, some in zip(ends, last, strict=True) for at in range(end - some, end)])]
+        return self.head(found)[:, 0]
 
     def _decode(
         self, rows: mx.array, context: Context, names: Sequence[str | None], *, last_only: bool = False
@@ -154,7 +206,7 @@ class Runner:
         """(B, L, D) → (B, L, V) float32."""
         if self._kernels is None:
             return self.model.head(hidden)
-        return self._kernels.multiply(hidden, self._head).astype(mx.float32)
+        return self.shard.logits(self._kernels.multiply(hidden, self._head), self.config.text).astype(mx.float32)
 
     def vectors(self, texts: Sequence[Sequence[int]], skipped: Sequence[int] | None = None) -> mx.array:
         """See Gemma3.vectors: N lists of ids → (N, E) float32."""
@@ -178,14 +230,20 @@ class Runner:
         return self.model.encode_images(pixels, tower)
 
 
-def on_device(model: Gemma3, between: Callable[[], None] = lambda: None) -> Runner:
-    """Evaluate the weights and arrange them for MLX's default device. See Runner for `between`."""
+def on_device(
+    model: Gemma3, between: Callable[[], None] = lambda: None, kind: Callable[..., Runner] = Runner
+) -> Runner:
+    """Evaluate the weights and arrange them for MLX's default device. See Runner for `between`.
+
+    Args:
+        kind: makes it, as Runner does.
+    """
     if mx.default_device().type != mx.DeviceType.cpu:
-        runner = Runner(model, gpu_kernels(), gpu_tower(), between)
+        runner = kind(model, gpu_kernels(), gpu_tower(), between)
         runner.unfused_chunk, runner.fused_from = unfused_tokens(), fused_from()
         return runner
-    tower = cpu.tower_kernels(model.vision_tower) if model.config.vision is not None else PLAIN
+    tower = cpu.tower_kernels(model.vision_tower) if "vision_tower" in model else PLAIN
     unpacked_bytes = cpu.unpacked_bytes(model)
-    runner = Runner(model, cpu.kernels(unpack=unpacked_bytes > 0), tower, between)
+    runner = kind(model, cpu.kernels(unpack=unpacked_bytes > 0), tower, between)
     runner.unpacked_bytes = unpacked_bytes
     return runner

@@ -14,18 +14,16 @@ from ..config import TextConfig
 from .attention import attend
 from .context import Context
 from .layers import Embedding, Linear, RMSNorm, Rope, gelu_tanh
+from .shard import WHOLE, Shard
 
 
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys; global or local by the layer's place."""
 
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    def __init__(self, config: TextConfig, layer: int, shard: Shard = WHOLE) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.shard = shard
+        self.heads, self.kv_heads, self.head_dim = shard.heads(config), len(shard.kv_range(config)), config.head_dim
         self.scale = config.query_pre_attn_scalar**-0.5
         self.layer, is_global = layer, config.is_global(layer)
         self.window = None if is_global else config.sliding_window
@@ -44,7 +42,7 @@ class Attention(nn.Module):
         q, k = self.rotate(self.q_norm(q), context.positions), self.rotate(self.k_norm(k), context.positions)
         out = context.attend(q, k, v, self, attend)  # (B, H, L, D)
         batch, _, length, _ = out.shape
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        return self.shard.sum(self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1)))
 
     def _heads(self, x: mx.array) -> mx.array:
         """(B, L, heads * D) → (B, heads, L, D)"""
@@ -55,23 +53,24 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """`down(gelu_tanh(gate(x)) * up(x))`"""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, shard: Shard = WHOLE) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.shard, inner = shard, config.intermediate_size // shard.size
+        self.gate_proj = Linear(config.hidden_size, inner, bias=False)
+        self.up_proj = Linear(config.hidden_size, inner, bias=False)
+        self.down_proj = Linear(inner, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x))
+        return self.shard.sum(self.down_proj(gelu_tanh(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each normed before and after, each added to the residual."""
 
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    def __init__(self, config: TextConfig, layer: int, shard: Shard = WHOLE) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.self_attn = Attention(config, layer, shard)
+        self.mlp = MLP(config, shard)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -85,10 +84,15 @@ class DecoderLayer(nn.Module):
 class TextModel(nn.Module):
     """Embedding, layers, final norm. The head is the embedding again, or gemma3.py's lm_head."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, shard: Shard = WHOLE) -> None:
+        """
+        Args:
+            shard: the part of it that this machine holds.
+        """
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        self.config, self.shard = config, shard
+        self.embed_tokens = Embedding(len(shard.vocabulary(config)), config.hidden_size)
+        self.layers = [DecoderLayer(config, layer, shard) for layer in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.embed_scale = math.sqrt(config.hidden_size)
 
@@ -99,7 +103,8 @@ class TextModel(nn.Module):
         bfloat16, exact in float32.
         """
         dtype = self.norm.weight.dtype
-        return self.embed_tokens(tokens).astype(dtype) * mx.array(self.embed_scale, dtype=dtype)
+        rows = self.shard.embed(self.embed_tokens, tokens, self.config, dtype)
+        return rows * mx.array(self.embed_scale, dtype=dtype)
 
     def __call__(self, x: mx.array, context: Context, *, last_only: bool = False) -> mx.array:
         """(B, L, D) rows → (B, L, D) normed rows, or (B, 1, D), the last ones."""

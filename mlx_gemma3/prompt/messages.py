@@ -15,6 +15,7 @@ Knows nothing of turns, and opens no picture.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,83 @@ def read(messages: Any) -> Any:
     if made and isinstance(made[0], dict) and isinstance(role := made[0].get("role"), str) and role == "system":
         made[0] = _system(made[0])
     return made
+
+
+def kept(messages: Any) -> Any:
+    """Messages for a checkpoint's own template: texts and pictures in its form, everything else as it is.
+
+    Roles of LangChain's have their usual names, arguments of calls that a program wrote as JSON are objects, and what a
+    tool found says the tool's name, where the call that asked for it is there. What is no list of dicts is left for
+    the template to judge.
+
+    Raises:
+        PromptError: an item that is a picture of no known shape.
+    """
+    given = None if isinstance(messages, str | bytes | Mapping) else elements(messages)
+    if given is None:
+        return messages
+    names: dict[Any, Any] = {}  # of tools by the ids of calls
+    return [_kept(message, number, names) for number, message in enumerate(given, start=1)]
+
+
+def _kept(message: Any, number: int, names: dict[Any, Any]) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    where = f"message {number}"
+    made = {key: value for key, value in message.items() if key not in ("images", "parts")}
+    role = message.get("role", message.get("type"))
+    if isinstance(role, str) and role != "developer" and ("role" in message or role in _ROLES or role in ROLES):
+        made["role"] = {"human": "user", "ai": "assistant"}.get(role, role)
+    if message.get("content") is None and message.get("parts") is not None:
+        made["content"] = message["parts"]
+    content = made.get("content")
+    if not isinstance(content, str | bytes | Mapping) and made.get("role") != "tool" and content is not None:
+        made["content"] = [
+            _kept_item(item, f"{where}, item {place}") for place, item in enumerate(elements(content) or [], start=1)
+        ]
+    if message.get("images") is not None:
+        said = made.get("content") or []
+        said = [{"type": "text", "text": said}] if isinstance(said, str) else said
+        made["content"] = [*_beside(message["images"], where), *said]
+    if calls := elements(message.get("tool_calls") or ()):
+        made["tool_calls"] = [_kept_call(call, names) for call in calls]
+    if role == "tool" and message.get("name") is None and message.get("tool_call_id") in names:
+        made["name"] = names[message["tool_call_id"]]
+    return made
+
+
+def _kept_item(item: Any, where: str) -> Any:
+    if isinstance(item, str):
+        return {"type": "text", "text": item}
+    if not isinstance(item, Mapping):
+        return item
+    kind = item.get("type")
+    known = (*_TEXTS, *_PICTURES, None)
+    if kind in known and not (kind in (None, "image") and item.keys().isdisjoint(("text", *_SOURCES))):
+        return {**{key: one for key, one in item.items() if key not in _SOURCES}, **_item(item, where)}
+    return dict(item)
+
+
+def _kept_call(call: Any, names: dict[Any, Any]) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    inner = call.get("function", call)
+    if not isinstance(inner, Mapping):
+        return call
+    inner = {**inner, "arguments": arguments_of(inner.get("arguments", {}))}
+    names[call.get("id")] = inner.get("name")
+    return {**call, "function": {key: value for key, value in inner.items() if key not in ("id", "type", "function")}}
+
+
+def arguments_of(value: Any) -> Any:
+    """Arguments of a call as templates want them: the object, where a program wrote its JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value or "{}")
+    except ValueError:
+        return value
+    return found if isinstance(found, dict) else value
 
 
 def check_roles(messages: Iterable[Any]) -> None:

@@ -13,7 +13,7 @@ Source: transformers 5.23, processing_gemma3.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,9 +23,10 @@ import numpy as np
 
 from ..boundary.arguments import takes
 from ..config import Config
-from ..errors import PromptError
+from ..errors import OptionError, PromptError
 from . import messages as written
 from .address import Progress, opened
+from .chat_template import ChatTemplate
 from .snapshot import pictures as listed
 from .template import Control, Message, render_pieces
 from .tokenizer import Tokenizer
@@ -53,9 +54,20 @@ class Processor:
     """Makes prompts for one checkpoint. Immutable; may be used from several threads."""
 
     @takes(tokenizer=Tokenizer, config=Config)
-    def __init__(self, tokenizer: Tokenizer, config: Config, *, no_pictures: str = "") -> None:
-        """no_pictures: what to do, for a checkpoint without vision that might have it."""
-        self.tokenizer, self.config = tokenizer, config
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: Config,
+        *,
+        no_pictures: str = "",
+        template: ChatTemplate | None = None,
+    ) -> None:
+        """
+        Args:
+            no_pictures: what to do, for a checkpoint without vision that might have it.
+            template: the checkpoint's own; None for Gemma 3's.
+        """
+        self.tokenizer, self.config, self.template = tokenizer, config, template
         self._no_pictures = (
             ("none: no vision part was found", no_pictures)
             if no_pictures
@@ -72,6 +84,8 @@ class Processor:
         special: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> Prompt:
         """Make the prompt, which begins with one <bos>.
@@ -86,6 +100,8 @@ class Processor:
             special: names of control tokens act as such in the text, as in the reference. If False they are plain
                 characters: in messages `<start_of_image>` too, in a text to complete it still is a picture's place.
             add_generation_prompt, continue_final_message: as in `render_chat`; for messages only.
+            tools: declarations for a template that reads them, see ChatTemplate.render; Gemma 3's own reads none.
+            template_args: what else such a template reads, by name.
             progress: called with ("pictures", read, in all) before each picture and with ("download", bytes, bytes
                 in all or 0) while one is fetched; what it raises ends the work.
 
@@ -104,7 +120,20 @@ class Processor:
             pieces: list[str] = [" ".join([START_OF_IMAGE] * len(images))]
         elif isinstance(text_or_messages, str):
             pieces = [text_or_messages]
+        elif self.template is not None:
+            pieces = self.template.pieces(
+                written.kept(text_or_messages),
+                self.tokenizer,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(template_args or {}),
+            )
         else:
+            for name, given in (("tools", tools), ("template_args", template_args)):
+                if given:
+                    do = "write them in a message" if name == "tools" else ""
+                    raise OptionError(name, got="some", want="none: Gemma 3's own chat template reads none", do=do)
             pieces = render_pieces(
                 written.read(text_or_messages),
                 add_generation_prompt=add_generation_prompt,
@@ -174,7 +203,7 @@ class Processor:
             if not control:
                 tokens += self.tokenizer.encode("".join(run), special=special)
                 continue
-            for name, same in groupby(run):
+            for name, same in groupby(filter(None, run)):  # an empty one is a border, and no token
                 token = ids.get(name)
                 start = len(tokens)
                 tokens += [self.tokenizer.id(name) if token is None else token] * len(list(same))

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -193,9 +193,9 @@ class Tokenizer:
         stream = self.stream(skip_special=skip_special)
         return "".join([stream.push(argument("ids", token, "whole")) for token in tokens]) + stream.finish()
 
-    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
-        """A decoder for ids that arrive one by one."""
-        return StreamDecoder(self, skip_special=skip_special)
+    def stream(self, *, skip_special: bool = True, kept: Set[int] = frozenset()) -> StreamDecoder:
+        """A decoder for ids that arrive one by one; control tokens of `kept` stay in the text all the same."""
+        return StreamDecoder(self, skip_special=skip_special, kept=kept)
 
     def piece(self, token: int) -> str:
         """The piece of an id, "" for an id without one.
@@ -242,9 +242,9 @@ class StreamDecoder:
     are left out do not end a run.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool, kept: Set[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        self._skipped = tokenizer.special_ids - kept if skip_special else frozenset()
         self._run = bytearray()
 
     def push(self, token: int) -> str:

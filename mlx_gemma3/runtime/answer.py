@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 
 from ..generation.choice import Likelihood
 from ..prompt.tokenizer import Tokenizer
-from .events import Logprob, TextEvent, TokenLogprob
+from .events import Logprob, TextEvent, ThinkingEvent, TokenLogprob
+
+_TITLE = "thought\n"  # how MedGemma's thinking part begins
 
 
 class Answer:
@@ -19,20 +21,35 @@ class Answer:
         eos_ids: tokens that end an answer.
         stop: strings that end an answer. The name of a control token in them means the token, which no text shows, as
             well as the same characters.
+        kept: control tokens that stay in the text.
+        thought: the tokens around a thinking part, which stands before the text.
+        thinks: the prompt has opened that part.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, eos_ids: frozenset[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        eos_ids: frozenset[int],
+        stop: Sequence[str] = (),
+        kept: Set[int] = frozenset(),
+        thought: tuple[int, int] | None = None,
+        thinks: bool = False,
+    ) -> None:
         self.tokens: list[int] = []  # the one that ended the answer included
         self.text = ""
+        self.thinking = ""
         self.logprobs: list[TokenLogprob] = []
         self.ended = False  # by an end token or a stop string
         self._tokenizer, self._eos_ids = tokenizer, eos_ids
-        self._decoder = tokenizer.stream(skip_special=True)
+        self._thought, self._thinks = thought, thinks
+        self._title: str | None = "" if not thinks else None  # of the thinking part, while it may be one
+        self._decoder = tokenizer.stream(skip_special=True, kept=kept)
         self._marks = _marks(stop, tokenizer)
         self._stopper = StopStrings(stop, {tokenizer.piece(token): mark for token, mark in self._marks.items()})
         self._told = 0  # tokens that an event told of
 
-    def push(self, token: int, likelihood: Likelihood | None = None) -> TextEvent | None:
+    def push(self, token: int, likelihood: Likelihood | None = None) -> TextEvent | ThinkingEvent | None:
         """Take a token; what can be shown of it now."""
         self.tokens.append(token)
         if likelihood is not None:
@@ -40,14 +57,44 @@ class Answer:
         if token in self._eos_ids:
             self.ended = True
             return None
+        if self._thought is not None and self._takes_thought(token):
+            return self._think(self._decoder.finish() if token == self._thought[1] else self._decoder.push(token))
         marks = self._marks
         text = self._decoder.finish() + marks[token] if token in marks else self._decoder.push(token)
         piece = self._stopper.push(text)
         self.ended = self._stopper.found is not None
         return self._event(piece) if piece else None
 
-    def finish(self) -> TextEvent | None:
+    def _takes_thought(self, token: int) -> bool:
+        """Whether a token belongs to the thinking part."""
+        assert self._thought is not None
+        begins = token == self._thought[0] and not self.text.strip() and not self.thinking
+        if not self._thinks and not begins:
+            return False
+        self._thinks = token != self._thought[1]
+        return True
+
+    def _think(self, text: str) -> ThinkingEvent | None:
+        assert self._thought is not None
+        if self.tokens[-1] == self._thought[0]:
+            return None
+        if self._title is not None:
+            self._title += text
+            if self._thinks and self._title != _TITLE and _TITLE.startswith(self._title):
+                return None
+            text, self._title = self._title.removeprefix(_TITLE), None
+        if not text:
+            return None
+        self.thinking += text
+        event: ThinkingEvent = {"kind": "thinking", "text": text, "tokens": self.tokens[self._told :]}
+        self._told = len(self.tokens)
+        return event
+
+    def finish(self) -> TextEvent | ThinkingEvent | None:
         """The answer is over: what was held back."""
+        if self._thinks:
+            self._thinks = False
+            return self._think(self._decoder.finish())
         rest = self._stopper.push(self._decoder.finish()) + self._stopper.finish()
         self.ended = self.ended or self._stopper.found is not None
         return self._event(rest) if rest else None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..errors import PromptError
 from ..prompt import tools
 from ..prompt.messages import items
+from .events import ToolCall
 from .timeline import Timeline, Tokens
 
 
@@ -30,6 +31,9 @@ class Turn:
     asked: Tokens  # from the border of the turn before to the model's own turn
     said: Tokens | None = None  # None while there is no answer
     reply: str = ""
+    # of a checkpoint with a template of its own, as that reads it; None in a conversation from a file
+    given: list[dict[str, Any]] | None = field(default=None, repr=False)
+    calls: list[ToolCall] = field(default_factory=list)  # that the answer asks for
 
 
 @dataclass
@@ -46,6 +50,9 @@ class Conversation:
     versions: set[str] = field(default_factory=set)  # digests of the files that it was read from or written to
     places: set[Path] = field(default_factory=set)  # where these were
     declared: list[dict[str, Any]] = field(default_factory=list)  # the tools that the model was told of
+    own: bool = False  # written by the checkpoint's own template: each turn's tokens are those of the whole prompt
+    thought: tuple[int, int] | None = None  # tokens around a thinking part, which is not kept
+    turn: list[dict[str, Any]] | None = None  # of its own template, on the way
 
     def question(self, said: Any, images: int, declarations: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
         """The messages of the user's next turn: words, or content items with the places of its pictures; or what tools
@@ -72,6 +79,25 @@ class Conversation:
             return tools.with_tools(messages, declarations)
         return messages
 
+    def whole(self, turn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """All messages up to the user's next turn, for a template that writes them anew.
+
+        Raises:
+            PromptError: pictures that are not here any more.
+        """
+        made: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for exchange in self.exchanges:
+            if exchange.given is None and exchange.images:
+                raise PromptError(
+                    "conversation", got="pictures of a saved one", want="none: this checkpoint's own template writes "
+                    "the whole conversation anew", do="begin a new one",
+                )  # fmt: skip
+            made += exchange.given or [{"role": "user", "content": exchange.text}]
+            called = [{"type": "function", "id": one["id"], "function": one} for one in exchange.calls]
+            made.append({"role": "assistant", "content": exchange.reply, **({"tool_calls": called} if called else {})})
+        self.turn = turn
+        return [*made, *turn]
+
     def ask(self, said: Any, asked: Tokens, images: int, pixels: Mapping[str, NDArray[np.float32]]) -> None:
         """Add a turn of the user's, prepared from its `question`.
 
@@ -79,6 +105,11 @@ class Conversation:
             pixels: (S, S, 3) of its pictures by digest.
         """
         text = "".join(item.get("text", "") for item in items(_results(said), "turn"))
+        if self.own:
+            turn, self.turn = self.turn or [], None
+            self.pixels |= {name: view for name, view in pixels.items() if name not in self.features}
+            self.exchanges.append(Turn(text, _pictures(turn), asked, given=turn))
+            return
         if self.exchanges:  # the turn before ends with a newline, and <bos> was said once
             moved = tuple((start - 1, stop - 1) for start, stop in asked.spans)
             asked = Tokens(self.newline) + Tokens(asked.ids[1:], moved, asked.digests)
@@ -89,7 +120,7 @@ class Conversation:
         """Everything up to the model's turn that comes next."""
         identity = self.timeline.identity
         tokens = Tokens((), adapter=None if identity is None else identity.adapter)
-        for exchange in self.exchanges:
+        for exchange in self.exchanges[-1:] if self.own else self.exchanges:
             tokens += exchange.asked
             if exchange.said is not None:
                 tokens += exchange.said
@@ -97,9 +128,14 @@ class Conversation:
                     tokens += Tokens((self.end_of_turn,))
         return tokens
 
-    def answered(self, ids: Sequence[int], text: str, eos_ids: frozenset[int]) -> None:
-        """Keep the answer to the last turn. An end id other than <end_of_turn> is not part of the conversation."""
+    def answered(self, ids: Sequence[int], text: str, eos_ids: frozenset[int], calls: Sequence[ToolCall] = ()) -> None:
+        """Keep the answer to the last turn. An end id other than <end_of_turn> is not part of the conversation, and no
+        thinking part.
+        """
         kept = tuple(ids)
+        if self.thought is not None and kept[:1] == self.thought[:1]:
+            kept = kept[kept.index(self.thought[1]) + 1 :] if self.thought[1] in kept else ()
+        self.exchanges[-1].calls = list(calls)
         if kept and kept[-1] in eos_ids and kept[-1] != self.end_of_turn:
             kept = kept[:-1]
         self.exchanges[-1].said, self.exchanges[-1].reply = Tokens(kept), text
@@ -138,6 +174,11 @@ class Conversation:
             if exchange.said is not None:
                 out.append({"role": "assistant", "content": exchange.reply})
         return out
+
+
+def _pictures(turn: Sequence[dict[str, Any]]) -> int:
+    contents = [message.get("content") for message in turn]
+    return sum(item.get("type") == "image" for content in contents if isinstance(content, list) for item in content)
 
 
 def _results(said: Any) -> Any:

@@ -11,23 +11,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
 from ..boundary.arguments import takes
 from ..errors import OptionError
 from ..prompt import snapshot
 from ..prompt.tokenizer import Tokenizer
 from . import session_file
+from .classify import Policies, asked, probabilities, requests
 from .conversation import Conversation
 from .embedding import Embedding, Texts, embedding
 from .loaded import About, EngineOptions
 from .options import Options, OptionValues
 from .prompts import processed, said
 from .request import Request
-from .running import Asks, run
 from .scheduler import Scheduler
 from .stream import AsyncStream, Messages, Picture, Piece, Reply, Stream
 from .thread import EngineThread
+
+if TYPE_CHECKING:
+    from .running import Asks
 
 __all__ = ["AsyncStream", "Engine", "Piece", "Reply", "Session", "Stream", "load"]
 
@@ -49,6 +52,8 @@ class LoadOptions(TypedDict, total=False):
     adapters: Mapping[str, str | Path] | None
     prompt_cache: str | Path | None
     prompt_cache_bytes: int
+    draft: str | Path | None
+    speculation: bool
     force: bool
     quiet: bool
     wait: bool
@@ -70,6 +75,10 @@ class Engine:
         prompt_cache: a folder for prompts that leave memory, made where there is none: each is read once, and found
             again after a restart. It may be shared with other programs and models. None: they are forgotten.
         prompt_cache_bytes: of all files in it; those not used for longest are deleted first.
+        draft: a smaller Gemma 3 of the same vocabulary, which guesses what this one will write. A model that does
+            not write has none.
+        speculation: guess tokens that follow what was read or written before, and check several in one pass, where that
+            is faster here (docs/speculation.md). It changes no token of an answer.
         force: load even where memory will not do.
         quiet: no download bars on stderr.
         wait: return when the model is ready. If False return at once: requests wait in line until it is, and what
@@ -82,7 +91,7 @@ class Engine:
     @takes(
         source="path", dtype="text", text_only="switch", kv_bits="whole", local_kv_bits="whole", max_context="whole",
         parallel="whole", queue="whole", adapters="paths", prompt_cache="path", prompt_cache_bytes="whole",
-        force="switch", quiet="switch", wait="switch",
+        draft="path", speculation="switch", force="switch", quiet="switch", wait="switch",
     )  # fmt: skip
     def __init__(
         self,
@@ -98,6 +107,8 @@ class Engine:
         adapters: Mapping[str, str | Path] | None = None,
         prompt_cache: str | Path | None = None,
         prompt_cache_bytes: int = 20 * 10**9,
+        draft: str | Path | None = None,
+        speculation: bool = True,
         force: bool = False,
         quiet: bool = False,
         wait: bool = True,
@@ -110,6 +121,8 @@ class Engine:
         ):
             if value is not None and value < least:
                 raise OptionError(name, got=value, want=f">= {least}")
+        if draft is not None and not speculation:
+            raise OptionError("draft", got="speculation=False as well", want="one or the other")
         options = EngineOptions(
             dtype=dtype,
             text_only=text_only,
@@ -121,6 +134,8 @@ class Engine:
             adapters=adapters or {},
             prompt_cache=prompt_cache,
             prompt_cache_bytes=prompt_cache_bytes,
+            draft=draft,
+            speculation=speculation,
             force=force,
             quiet=quiet,
         )
@@ -163,9 +178,9 @@ class Engine:
         Raises:
             Gemma3Error: what `generate` would refuse of it.
         """
-        asked, pictures, loaded = snapshot.said(prompt), snapshot.pictures(images), self._thread.loaded
+        said_so, pictures, loaded = snapshot.said(prompt), snapshot.pictures(images), self._thread.loaded
         settings = Options.build(options)
-        messages = said(loaded, asked, pictures, settings)
+        messages = said(loaded, said_so, pictures, settings)
         return len(processed(loaded, messages, pictures, settings, lambda *_: None).tokens)
 
     def stream(self, prompt: str | Messages, *, images: Pictures = (), **options: Unpack[OptionValues]) -> Stream:
@@ -266,6 +281,8 @@ class Engine:
             OptionError: a tool that is no function, or has an argument that JSON has nothing for.
             Gemma3Error: whatever went wrong.
         """
+        from .running import run  # with what tools need: nobody else waits for it
+
         return run(self.generate, prompt, limit=limit, asks=asks, options={**options, "images": images})
 
     @takes(kind="text", dimensions="whole", normalize="switch", truncate="switch")
@@ -320,6 +337,36 @@ class Engine:
         if request.total:
             self._thread.embed(request)
         return request
+
+    def classify(self, image: Picture, policies: Policies = None) -> dict[str, float]:
+        """How likely a picture breaks policies, by ShieldGemma 2.
+
+        Args:
+            image: a path, an address (https, http, data, file), bytes of a picture file, or a PIL image.
+            policies: names of the checkpoint's own ("dangerous", "sexual", "violence"); or texts by name, None for
+                the checkpoint's own text of that name; None for all its own.
+
+        Returns:
+            For each policy the probability of a violation, 0 to 1, in their order.
+
+        Raises:
+            OptionError: no classifier, an unknown policy.
+            Gemma3Error: what goes wrong with the picture or an answer.
+        """
+        loaded = self._thread.loaded
+        texts = asked(loaded, policies)
+        pictures = snapshot.copied(snapshot.pictures(image))
+        if len(pictures) != 1:
+            raise OptionError("image", got=f"{len(pictures)} pictures", want="one")
+        streams: list[Stream] = []
+        try:
+            for pair in requests(loaded, pictures[0], list(texts.values())):
+                self._thread.submit(*pair)
+                streams += [Stream(request, self) for request in pair]
+            return dict(zip(texts, probabilities(streams), strict=True))
+        finally:
+            for stream in streams:
+                stream.close()
 
     @takes(system="text", resume="path", adapter="text")
     def session(

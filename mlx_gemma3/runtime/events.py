@@ -28,6 +28,14 @@ class TextEvent(TypedDict):
     logprobs: NotRequired[list[TokenLogprob]]  # when asked for, one for each of `tokens`
 
 
+class ThinkingEvent(TypedDict):
+    """Some text of what the model thinks before it answers, and the ids behind it (MedGemma)."""
+
+    kind: Literal["thinking"]
+    text: str
+    tokens: list[int]
+
+
 class ToolCall(TypedDict):
     """A tool that the model asks for."""
 
@@ -57,6 +65,9 @@ class Usage(TypedDict):
     prompt_seconds: float  # from the answer's turn to the prompt read
     first_token_seconds: float  # from there to the first token
     answer_seconds: float  # from the prompt read to the end
+    passes: int  # of the model over tokens of the answer
+    drafted_tokens: int  # that were guessed, and checked in these passes
+    accepted_tokens: int  # of them right
     peak_memory_bytes: int  # of the whole engine
     images: int
     images_encoded: int  # of them not seen before
@@ -68,11 +79,12 @@ class DoneEvent(TypedDict):
 
     kind: Literal["done"]
     text: str
+    thinking: NotRequired[str]  # what it thought before, when it did
     tokens: list[int]  # as generated, the one that ended the answer included
     finish_reason: Literal["stop", "length", "cancelled", "tool_calls"]
     stop: NotRequired[str]  # the string that ended it, where it was one
     parsed: NotRequired[Any]  # of an answer in a form, when it is whole: the value, or the text
-    tool_calls: NotRequired[list[ToolCall]]  # when there are any; `text` is empty then
+    tool_calls: NotRequired[list[ToolCall]]  # when there are any; `text` is what was said beside them
     usage: Usage
     logprobs: NotRequired[list[TokenLogprob]]  # when asked for
     prompt_logprobs: NotRequired[list[TokenLogprob | None]]  # when asked for; of the first token there is none
@@ -98,13 +110,13 @@ class PendingEvent(TypedDict):
     total: NotRequired[int]
 
 
-Event = TextEvent | ToolCallEvent | DoneEvent | ErrorEvent | PendingEvent
+Event = TextEvent | ThinkingEvent | ToolCallEvent | DoneEvent | ErrorEvent | PendingEvent
 
 
 def no_usage() -> Usage:
     """Of an answer that was never begun."""
     return Usage(
         prompt_tokens=0, cached_tokens=0, cached_from="", processed_tokens=0, completion_tokens=0, prompt_seconds=0.0,
-        first_token_seconds=0.0, answer_seconds=0.0, peak_memory_bytes=0, images=0, images_encoded=0,
-        prepare_seconds=0.0,
+        first_token_seconds=0.0, answer_seconds=0.0, passes=0, drafted_tokens=0, accepted_tokens=0, peak_memory_bytes=0,
+        images=0, images_encoded=0, prepare_seconds=0.0,
     )  # fmt: skip

@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import OptionError
-from ..grammar import hints, schema, tools
+from ..generation.constraint import Constraint
+from ..grammar import functions, hints, schema, tools
 from ..grammar.matcher import Grammar, Matcher
 from .loaded import Loaded
 from .options import Options
@@ -43,7 +44,13 @@ class Form:
         Raises:
             OptionError: no answer can be held to it, or llguidance is not installed.
         """
-        if self.text is not None:
+        options = self._options
+        if self.name == "tools" and loaded.form == "functiongemma":
+            text = functions.lark(
+                self.tools, loaded.tokenizer, choice=options.tool_choice, parallel=options.parallel_tool_calls
+            )
+            self._grammar = Grammar(loaded.tokenizer, text, self.name, loaded.call_ids)
+        elif self.text is not None:
             self._grammar = Grammar(loaded.tokenizer, self.text, self.name or "form")
 
     def start(self, loaded: Loaded, ends: Collection[int]) -> Matcher | None:
@@ -53,8 +60,10 @@ class Form:
         rows = loaded.config.text.vocab_size
         return self._grammar.start(ends, rows=rows, free_first=self._options.free_first)
 
-    def parsed(self, text: str) -> Any:
-        """What is told as `parsed` of an answer that is whole: plain types."""
+    def parsed(self, held: Constraint | None) -> Any:
+        """What is told as `parsed` of an answer that is whole, by what it was held to: plain types."""
+        assert isinstance(held, Matcher), "made by start"
+        text = held.text
         if self.name == "schema":
             try:
                 return schema.parsed(text)
@@ -77,17 +86,6 @@ class Form:
         if self.name == "choices":
             return "start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in options.choices) + "\n"
         return options.grammar
-
-
-def held(options: Options) -> Form | None:
-    """What the options hold an answer to; None where it is free. Raises OptionError: see Form."""
-    free = options.schema is options.regex is options.grammar is None
-    return None if free and not (options.choices or options.tools or options.free_first) else Form(options)
-
-
-def declarations(options: Options) -> list[dict[str, Any]]:
-    """The tools that may be called, as the prompt says them."""
-    return [] if options.tool_choice == "none" else [tool.declaration for tool in tools.read(options.tools)]
 
 
 def _regex(pattern: str) -> str:

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from ..errors import Gemma3Error
 from ..generation.batch import Row, Written
 from ..generation.choice import Score
-from ..grammar.matcher import Matcher
 from ..prompt.tokenizer import Tokenizer
 from .answer import Answer, token_logprob
-from .calls import Calls
-from .events import DoneEvent, TextEvent, Usage, no_usage
+from .calls import Calls, FunctionCalls
+from .events import DoneEvent, TextEvent, ThinkingEvent, Usage, no_usage
 from .request import Prepared, Request
 from .timeline import Timeline, Tokens
 
@@ -43,7 +42,10 @@ class Job:
         self.score = None if count is None else Score(count)
         self.kv_bytes = 0  # that it may come to need
         self.error: Gemma3Error | None = None  # of preparing it
-        self._calls = Calls(request.put) if request.form is not None and request.form.tools else None
+        self._calls: Calls | FunctionCalls | None = None
+        if request.form is not None and request.form.tools:
+            self._calls = Calls(request.put)
+        self._words = ""  # of an answer that may call
         self._usage = no_usage()
         self._prepare_began = self._began = self._read = 0.0
         self._before: list[Any] | None = None  # exchanges of the conversation, to go back to
@@ -134,8 +136,14 @@ class Job:
         self._features.clear()
         self.tell_progress()
 
-    def writes(self, row: Row, answer: Answer) -> None:
-        """The prompt is read."""
+    def writes(self, row: Row, answer: Answer, *, functions: bool = False) -> None:
+        """The prompt is read.
+
+        Args:
+            functions: calls come in FunctionGemma's form.
+        """
+        if functions:
+            self._calls = FunctionCalls(self.request.put)
         self.row, self.answer, self._read = row, answer, time.perf_counter()
         self._usage["prompt_seconds"] = self._usage["first_token_seconds"] = self._read - self._began
 
@@ -149,12 +157,13 @@ class Job:
         if (event := self.answer.push(written.token, written.likelihood)) is not None:
             self._tell(event)
 
-    def _tell(self, event: TextEvent) -> None:
+    def _tell(self, event: TextEvent | ThinkingEvent) -> None:
         """Tell a piece of the answer; of a call, its name and arguments instead."""
-        if self._calls is not None and event["text"]:
+        if self._calls is not None and event["kind"] == "text" and event["text"]:
             event["text"] = self._calls.push(event["text"])
             if not event["text"]:
                 return
+            self._words += event["text"]
         self.request.put(event)
 
     def ends(self, reason: str, eos_ids: frozenset[int], tokenizer: Tokenizer) -> DoneEvent:
@@ -167,16 +176,28 @@ class Job:
         if answer is not None and timeline is not None:
             if (event := answer.finish()) is not None:
                 self._tell(event)
+            if self._calls is not None and (words := self._calls.finish()):
+                self._words += words
+                self.request.put({"kind": "text", "text": words, "tokens": []})
             reason = "stop" if answer.ended else reason
             ids, text = answer.tokens, answer.text
+            if isinstance(self._calls, FunctionCalls):
+                text = self._words
             usage["processed_tokens"] = len(self.tokens or ()) - usage["cached_tokens"]
             usage["completion_tokens"], usage["answer_seconds"] = len(ids), time.perf_counter() - self._read
+            if (row := self.row) is not None:
+                usage["passes"], usage["drafted_tokens"], usage["accepted_tokens"] = (
+                    row.passes, row.drafted, row.accepted,
+                )  # fmt: skip
             timeline.wrote(tuple(ids))
         usage["peak_memory_bytes"] = mx.get_peak_memory() if timeline is not None else 0
         if self.conversation is not None and timeline is not None:
-            self.conversation.answered(ids, text, eos_ids)
+            calls = self._calls.found if self._calls is not None else []
+            self.conversation.answered(ids, text, eos_ids, calls)
         done = done_event(text, ids, reason, usage)
-        self._tell_form(done)
+        if answer is not None and answer.thinking:
+            done["thinking"] = answer.thinking
+        self._tell_form(done, text)
         if answer is not None and answer.stop is not None:
             done["stop"] = answer.stop
         if answer is not None and self.request.options.logprobs is not None:
@@ -186,15 +207,16 @@ class Job:
             done["prompt_logprobs"] = [None, *(token_logprob(tokenizer, token, found) for token, found in scored)]
         return done
 
-    def _tell_form(self, done: DoneEvent) -> None:
+    def _tell_form(self, done: DoneEvent, text: str) -> None:
         """What an answer in a form comes to."""
-        form, held = self.request.form, self.row.chooser.constraint if self.row is not None else None
+        form = self.request.form
         if self._calls is not None and self._calls.found:
-            done["text"], done["tool_calls"] = "", self._calls.found
+            done["text"] = text.strip() if isinstance(self._calls, FunctionCalls) else ""
+            done["tool_calls"] = self._calls.found
             if done["finish_reason"] == "stop":
                 done["finish_reason"] = "tool_calls"
-        elif form is not None and not form.tools and isinstance(held, Matcher):
-            done["parsed"] = form.parsed(held.text) if done["finish_reason"] == "stop" else None
+        elif form is not None and not form.tools and self.row is not None:
+            done["parsed"] = form.parsed(self.row.chooser.constraint) if done["finish_reason"] == "stop" else None
 
     def undo(self) -> None:
         """It failed: of the conversation nothing was said."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,16 @@ from ..checkpoint.adapter import AdapterFile
 from ..checkpoint.fingerprint import fingerprint
 from ..checkpoint.load import Checkpoint
 from ..config import Config
-from ..errors import OptionError
+from ..errors import OptionError, TokenizerError
 from ..model.runner import Runner
 from ..prompt.processor import Processor
 from ..prompt.tokenizer import Tokenizer
+from ..prompt.tool_calls import CALL_TOKENS, RESPONSE, START
 from ..prompt.vocabulary import END_OF_TURN
 from .timeline import Identity
+
+_OPENING = 16  # tokens at a prompt's end among which a template may open a thinking part
+THOUGHT = ("<unused94>", "<unused95>")  # around MedGemma's thinking part (its model card)
 
 
 class About(TypedDict):
@@ -29,6 +33,8 @@ class About(TypedDict):
     instruct: bool  # tuned for chat
     vision: bool  # takes pictures
     dimensions: NotRequired[int]  # of an embedding model's vectors
+    own_template: NotRequired[bool]  # true where turns are written by the checkpoint's own chat template
+    translates: NotRequired[bool]  # true of TranslateGemma: a turn is one text or picture, with its languages
     max_context: int  # tokens of a prompt and its answer
     weights_bytes: int
     unpacked_bytes: int  # of packed weights that a CPU keeps as float32 too, because it is faster so
@@ -50,6 +56,8 @@ class EngineOptions:
     adapters: Mapping[str, str | Path] = field(default_factory=dict)  # folders by name
     prompt_cache: str | Path | None = None
     prompt_cache_bytes: int = 20 * 10**9
+    draft: str | Path | None = None
+    speculation: bool = True
     force: bool = False
     quiet: bool = False
 
@@ -69,9 +77,22 @@ class Loaded:
     ) -> None:
         self.checkpoint, self.options = checkpoint, options
         self.tokenizer: Tokenizer = checkpoint.tokenizer()
-        self.processor = Processor(self.tokenizer, checkpoint.config, no_pictures=checkpoint.no_pictures)
+        self.template = template = checkpoint.template  # None: turns are written as Gemma 3 writes them
+        self.processor = Processor(
+            self.tokenizer, checkpoint.config, no_pictures=checkpoint.no_pictures, template=template
+        )
         self.end_of_turn = self.tokenizer.id(END_OF_TURN)
         self.eos_ids = frozenset(checkpoint.config.eos_token_ids)  # of a completed text; a chat's end_of_turn too
+        self.translates = template is not None and template.reads("source_lang_code")
+        self.thought = self._both(*THOUGHT)  # the tokens around a thinking part, of those that have one
+        called = {self._id(name) for name in CALL_TOKENS}
+        functions = template is not None and template.reads(START) and None not in called
+        self.form = "functiongemma" if functions else "gemma3"  # how it writes calls
+        self.call_ids = frozenset(one for one in called if one is not None and functions)
+        self.turn_ends = frozenset((self.end_of_turn,))  # that end an answer in a chat, beside eos_ids
+        if template is not None:
+            more = (RESPONSE if functions else None, template.files.tokens.get("eos_token"))
+            self.turn_ends |= {found for name in more if name and (found := self._id(name)) is not None}
         positions = checkpoint.config.text.max_position_embeddings
         self.max_context = min(options.max_context or positions, positions)
         self.dtype = str(runner.dtype).removeprefix("mlx.core.")
@@ -81,6 +102,28 @@ class Loaded:
         self._unpacked_bytes = runner.unpacked_bytes
         self._weights_bytes = sum(array.nbytes for _, array in tree_flatten(runner.model.parameters()))
         self._weights_bytes += sum(adapter.nbytes for adapter in adapters.values()) * runner.dtype.size // 4
+
+    def holds_too(self, draft: Runner) -> None:
+        """Before anybody else knows of this: a draft model is loaded beside it."""
+        self._weights_bytes += sum(array.nbytes for _, array in tree_flatten(draft.model.parameters()))
+        self._unpacked_bytes += draft.unpacked_bytes
+
+    def thinking_after(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends inside a thinking part that its template opened."""
+        if self.thought is None:
+            return False
+        last = next((token for token in reversed(prompt[-_OPENING:]) if token in self.thought), None)
+        return last == self.thought[0]
+
+    def _id(self, name: str) -> int | None:
+        try:
+            return self.tokenizer.id(name)
+        except TokenizerError:
+            return None
+
+    def _both(self, first: str, second: str) -> tuple[int, int] | None:
+        one, other = self._id(first), self._id(second)
+        return None if one is None or other is None else (one, other)
 
     @property
     def config(self) -> Config:
@@ -98,6 +141,10 @@ class Loaded:
             adapters=list(self._adapters),
             notes=list(self.notes),
         )
+        if self.template is not None:
+            about["own_template"] = True
+        if self.translates:
+            about["translates"] = True
         if self.config.embedder is not None:
             about["dimensions"] = self.config.embedder.dimensions
         return about

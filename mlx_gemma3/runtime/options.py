@@ -46,6 +46,9 @@ class OptionValues(TypedDict, total=False):
     tools: Sequence[Any] | None
     tool_choice: str | None
     parallel_tool_calls: bool | None
+    template_args: Mapping[str, Any] | None
+    source_lang: str | None
+    target_lang: str | None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,30 @@ class Options:
     tool_choice: str = _set("auto", "text", "auto, none, required, or the name of the one to call.", **_REQUEST)
     parallel_tool_calls: bool = _set(True, "switch", "Whether an answer may hold several calls.", **_REQUEST)
 
+    # Of checkpoints with a chat template of their own.
+    template_args: Mapping[str, Any] = _set(
+        {},
+        "values",
+        "A value for the chat template, as NAME=VALUE, JSON or a text; again for more.",
+        word="template_arg",
+    )
+    source_lang: str | None = _set(None, "text", "TranslateGemma: the language of the text, as de.", word="from")
+    target_lang: str | None = _set(None, "text", "TranslateGemma: the language to put it into, as en.", word="to")
+
+    @property
+    def free(self) -> bool:
+        """Whether an answer may be anything; else runtime/forms.py says what it is held to."""
+        form = self.schema is not None or self.regex is not None or self.grammar is not None
+        return not (form or self.choices or self.tools or self.free_first)
+
+    def declarations(self) -> list[dict[str, Any]]:
+        """The tools that may be called, as the prompt says them."""
+        if not self.tools or self.tool_choice == "none":
+            return []
+        from ..grammar.tools import read  # nobody else waits for it
+
+        return [tool.declaration for tool in read(self.tools)]
+
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, argument(name, getattr(self, name), setting.kind, default_of(name)))
@@ -181,7 +208,7 @@ SETTINGS: Mapping[str, Setting] = {name: one.metadata["setting"] for name, one i
 
 def default_of(name: str) -> Any:
     """What an option is when nobody says anything: None where the checkpoint decides."""
-    return {} if SETTINGS[name].kind == "biases" else _FIELDS[name].default
+    return {} if SETTINGS[name].kind in ("biases", "values") else _FIELDS[name].default
 
 
 def schema_of(name: str) -> dict[str, Any]:
@@ -202,5 +229,7 @@ def schema_of(name: str) -> dict[str, Any]:
             "type": ["object", "null"],
             "additionalProperties": {"type": "number", **limits},
         }
+    if setting.kind == "values":
+        return {"description": "Values for the chat template, by name.", "type": ["object", "null"]}
     types = {"text": "string", "switch": "boolean", "whole": "integer", "number": "number"}
     return {"description": setting.help, "type": [types[setting.kind], "null"], **limits}

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..boundary.writing import refusal
 from ..errors import OutputError, SessionError
-from ..model.cache_state import CacheState, state_of
+from ..model.cache_state import CacheState
+from .follow import state_of
 from .job import Job
 from .loaded import Loaded
 from .prompt_files import SHORTEST, Kept, PromptFiles

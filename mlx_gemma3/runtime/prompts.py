@@ -6,15 +6,16 @@ Runs in any thread, beside the engine's: pictures are fetched and decoded here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..errors import OptionError, PromptError
 from ..model.gemma3 import check_writes
 from ..prompt import messages as written
 from ..prompt import tools
-from .forms import declarations
 from .loaded import Loaded
 from .options import Options
+from .own import own_messages, own_turn, template_values
 from .request import Prepared, Request
 from .stream import Messages, Picture
 from .timeline import Tokens, digest
@@ -40,13 +41,22 @@ def prepare(loaded: Loaded, request: Request, progress: Progress) -> Prepared | 
         check_turn(options)
         if request.prompt is None:
             return None
-        prompt: str | Messages = request.conversation.question(
-            request.prompt, len(request.images), declarations(options)
-        )
+        conversation = request.conversation
+        if loaded.template is not None:
+            turn = own_turn(loaded, request.prompt, request.images, options)
+            said_so_far = own_messages(loaded, conversation.whole(turn), options)
+            return processed(loaded, said_so_far, [], options, progress)
+        _refuse_own(options)
+        prompt: str | Messages = conversation.question(request.prompt, len(request.images), options.declarations())
     else:
         assert request.prompt is not None, "only a conversation answers its last turn again"
         prompt = said(loaded, request.prompt, request.images, options)
-    return processed(loaded, prompt, request.images, options, progress)
+    found = processed(loaded, prompt, request.images, options, progress)
+    if request.second_bos:
+        found = replace(
+            found, tokens=Tokens((loaded.config.bos_token_id,), adapter=found.tokens.adapter) + found.tokens
+        )
+    return found
 
 
 def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options: Options) -> str | Messages:
@@ -55,7 +65,7 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
     Raises:
         OptionError, PromptError: options that do not belong to such a prompt.
     """
-    declared = declarations(options)
+    declared = options.declarations()
     if is_tokens(prompt):
         if options.system is not None or options.continue_final_message or images:
             raise PromptError(
@@ -71,13 +81,18 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
             if declared:
                 raise OptionError("tools", got="a text to complete", want="messages", do="completion has no turns")
             return prompt
+        if loaded.template is not None:
+            return own_messages(loaded, own_turn(loaded, prompt, [None] * len(images), options), options)
         pictures = [{"type": "image"} for _ in images]
         messages: list[dict[str, Any]] = [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
     else:
         if options.raw:
             raise PromptError("prompt", got="messages", want="a string", do="completion has no turns")
+        if loaded.template is not None:
+            return own_messages(loaded, prompt, options)
         messages = written.read(tools.plain(prompt))
         written.check_roles(messages)
+    _refuse_own(options)
     if options.system is not None:
         if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
             raise OptionError("system", got="a text beside a system message", want="one of them")
@@ -103,6 +118,7 @@ def processed(
         pan_and_scan=options.pan_and_scan,
         special=isinstance(prompt, str),
         continue_final_message=options.continue_final_message,
+        **(template_values(loaded, options) if not isinstance(prompt, str) else {}),
         progress=progress,
     )
     pixels = found.pixels if found.pixels is not None else ()
@@ -123,10 +139,21 @@ def completes(loaded: Loaded, options: Options) -> bool:
 
 def end_ids(loaded: Loaded, request: Request) -> frozenset[int]:
     """The tokens that end an answer: in a chat, whose turns are written here, <end_of_turn> is always one."""
+    return loaded.eos_ids | loaded.turn_ends if in_chat(loaded, request) else loaded.eos_ids
+
+
+def in_chat(loaded: Loaded, request: Request) -> bool:
+    """Whether an answer is a turn of a chat, and not the completion of a text."""
     prompt = request.prompt
     text = isinstance(prompt, str) and completes(loaded, request.options)
-    completed = request.conversation is None and (text or is_tokens(prompt))
-    return loaded.eos_ids if completed else loaded.eos_ids | {loaded.end_of_turn}
+    return request.conversation is not None or not (text or is_tokens(prompt))
+
+
+def _refuse_own(options: Options) -> None:
+    """What only a checkpoint's own template reads. Raises OptionError."""
+    for name in ("template_args", "source_lang", "target_lang"):
+        if getattr(options, name):
+            raise OptionError(name, got="a value", want="none", do="Gemma 3's own chat template reads none")
 
 
 def check_turn(options: Options) -> None:

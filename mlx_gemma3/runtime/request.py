@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..generation.constraint import Constraint
-from .forms import Form, held
 from .options import Options
 from .stream import Channel, Messages, Picture
 from .timeline import Tokens
 
 if TYPE_CHECKING:
     from .conversation import Conversation
+    from .forms import Form
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Request(Channel):
         *,
         like: Request | None = None,
         constraint: Constraint | None = None,
+        second_bos: bool = False,
     ) -> None:
         """
         Args:
@@ -47,9 +48,18 @@ class Request(Channel):
             conversation: None when the prompt is all there is.
             like: an earlier request with the same prompt, which is prepared once for both.
             constraint: what the answer may consist of.
+            second_bos: one more <bos> before the prompt's own.
         """
         super().__init__(options.schema)
         self.prompt, self.images, self.options, self.conversation = prompt, list(images), options, conversation
-        self.like, self.constraint = like, constraint
-        self.form: Form | None = held(options) if like is None else like.form
+        self.like, self.constraint, self.second_bos = like, constraint, second_bos
+        self.form: Form | None = _form(options) if like is None else like.form
         self.prepared: Prepared | None = None  # set once, by the engine's thread
+
+
+def _form(options: Options) -> Form | None:
+    if options.free:
+        return None
+    from .forms import Form  # with what grammars need: nobody else waits for it
+
+    return Form(options)

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -36,10 +36,13 @@ from .finite import check_finite
 from .job import Job, done_event
 from .loaded import Loaded
 from .pool import Pool
-from .prompt_cache import PromptCache
-from .prompts import check_turn, end_ids, prepare
+from .prompts import check_turn, end_ids, in_chat, prepare
 from .request import Prepared
+from .speculating import Speculation
 from .timeline import FeatureCache, Timeline, Tokens
+
+if TYPE_CHECKING:
+    from .prompt_cache import PromptCache
 
 STEPS_A_CHUNK = 4  # a chunk takes as long as so many steps of those that write meanwhile
 SHORTEST_CHUNK = 16  # tokens
@@ -63,9 +66,17 @@ class Call:
 class Scheduler:
     """Everything that is in work. Only for the engine's thread, but for `loaded`."""
 
-    def __init__(self, loaded: Loaded, runner: Runner, budget: int, send: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        runner: Runner,
+        budget: int,
+        send: Callable[[Callable[[], None]], None],
+        draft: Runner | None = None,
+    ) -> None:
         """
         Args:
+            draft: the model that guesses what this one will write.
             budget: bytes that weights, caches and work may take together.
             send: runs something in the engine's thread, soon; called from others.
         """
@@ -75,6 +86,8 @@ class Scheduler:
         options = loaded.options
         self.prompts: PromptCache | None = None
         if options.prompt_cache is not None:
+            from .prompt_cache import PromptCache  # nobody else waits for it
+
             self.prompts = PromptCache(
                 options.prompt_cache, options.prompt_cache_bytes, loaded, self.new_timeline, send
             )
@@ -83,9 +96,11 @@ class Scheduler:
         self._line: list[Job | Call] = []  # in the order in which they came
         self._readers: deque[Job] = deque()  # the next one to read a chunk stands first
         self._batch = Batch(runner)
+        self._speculation = Speculation(loaded, draft)
         self._embeddings = EmbedQueue(runner)
         self._writers: dict[Row, Job] = {}
         self.device_errors = 0  # in a row
+        self.lost: Gemma3Error | None = None  # why nothing can be computed any more
         self._step_seconds = 0.0
         self._read_rate = 0.0  # tokens a second
 
@@ -139,10 +154,19 @@ class Scheduler:
             self._fail(job, error)
         self._embeddings.fail_all(known(error))
 
+    def beat(self) -> None:
+        """Called while there is nothing to do, or something long."""
+        try:
+            self.runner.beat()
+        except Exception as error:
+            self._count(error)
+
     def close(self) -> None:
         """Nothing is in work any more: keep on disk what is to be kept there."""
         if self.prompts is not None:
             self.prompts.close(self.pool.timelines)
+        if self.lost is None:
+            self.runner.close()
 
     def cancel_all(self) -> None:
         """The engine closes."""
@@ -161,7 +185,9 @@ class Scheduler:
 
     def new_conversation(self, system: str | None, adapter: str | None = None) -> Conversation:
         newline = tuple(self.loaded.tokenizer.encode("\n"))
-        return Conversation(self.new_timeline(adapter), self.loaded.end_of_turn, newline, system)
+        made = Conversation(self.new_timeline(adapter), self.loaded.end_of_turn, newline, system)
+        made.own, made.thought = self.loaded.template is not None, self.loaded.thought
+        return made
 
     def encode(self, name: str, view: NDArray[np.float32] | None, adapter: str | None = None) -> mx.array:
         """(T, D) features of a picture, as this adapter sees it."""
@@ -429,14 +455,23 @@ class Scheduler:
         assert timeline is not None and timeline.logits is not None and tokens is not None
         check_finite(timeline.logits, self.loaded.checkpoint)
         eos_ids = end_ids(self.loaded, request)
-        answer = Answer(self.loaded.tokenizer, eos_ids=eos_ids, stop=request.options.stop)
+        called = self.loaded.call_ids if in_chat(self.loaded, request) else frozenset()
+        answer = Answer(
+            self.loaded.tokenizer,
+            eos_ids=eos_ids,
+            stop=request.options.stop,
+            kept=called,
+            thought=self.loaded.thought,
+            thinks=self.loaded.thinking_after(tokens.ids),
+        )
         held = request.constraint
         if request.form is not None:
             held = request.form.start(self.loaded, eos_ids)
         sampling = request.options.sampling(self.loaded.checkpoint.generation)
         left = min(request.options.max_tokens, self.loaded.max_context - len(tokens))
-        row = Row(timeline.caches, Chooser(sampling, tokens.ids, held), left)
-        job.writes(row, answer)
+        chooser = Chooser(sampling, tokens.ids, held)
+        row = Row(timeline.caches, chooser, left, self._speculation.proposers(tokens, chooser))
+        job.writes(row, answer, functions=bool(called) and (request.form is None or bool(request.form.tools)))
         if left < 1:
             self._end(job, "length")
             return
@@ -480,7 +515,7 @@ class Scheduler:
             self._embeddings.turn()
         except Exception as error:  # MLX's own: whose texts they were is not worth telling apart
             self._count(error)
-            self._embeddings.fail_all(known(_of_device(error)))
+            self._embeddings.fail_all(self._told(error))
         else:
             self.device_errors = 0
 
@@ -502,11 +537,15 @@ class Scheduler:
                 self.pool.put(job.timeline)
         elif job.conversation is not None and job.timeline is not None:
             job.conversation.timeline = self.new_timeline(job.adapter)
-        job.request.fail(known(_of_device(error)))
+        job.request.fail(known(error) if isinstance(error, Gemma3Error) else self._told(error))
 
     def _count(self, error: BaseException) -> None:
         """MLX tells an error of the GPU once and goes on; after some of them the GPU takes no more work at all."""
+        self.lost = self.lost or self.runner.gone(error)
         self.device_errors += isinstance(_of_device(error), DeviceError)
+
+    def _told(self, error: BaseException) -> Gemma3Error:
+        return self.lost if self.lost is not None else known(_of_device(error))
 
     def _leave(self, job: Job) -> None:
         if job in self._readers:
@@ -514,6 +553,7 @@ class Scheduler:
         if job.row is not None and job.row in self._writers:
             del self._writers[job.row]
             self._batch.leave(job.row)
+            self._speculation.ended(job.row.proposers, job.answer.tokens if job.answer is not None else ())
 
 
 def finish(call: Call, scheduler: Scheduler) -> None:

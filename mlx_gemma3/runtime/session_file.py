@@ -14,9 +14,9 @@ from typing import BinaryIO
 from ..boundary import writing
 from ..boundary.reading import open_regular
 from ..errors import OutputError, SessionError
-from ..model.cache_state import state_of
 from . import state_file
 from .conversation import Conversation
+from .follow import state_of
 from .scheduler import Scheduler
 from .session_state import PICTURE, plain
 
@@ -48,7 +48,7 @@ def write(path: str | Path, conversation: Conversation, scheduler: Scheduler, *,
                 raise _lost(path, "a file that this conversation has not been read from")
 
         with writing.replacing(place, check=check) as file:
-            digest = state_file.write(file, identity, state, state_file.host_arrays(arrays))
+            digest = state_file.write(file, identity, state, state_file.host_arrays(arrays), scheduler.beat)
     except OSError as error:
         raise writing.refusal(path, error) from None
     conversation.versions.add(digest)

@@ -49,7 +49,8 @@ def plain(
         "tokens": _tokens(tokens),
         "system": system,
         "exchanges": [
-            vars(turn) | {"asked": _tokens(turn.asked), "said": None if turn.said is None else _tokens(turn.said)}
+            {name: getattr(turn, name) for name in ("text", "images", "reply")}
+            | {"asked": _tokens(turn.asked), "said": None if turn.said is None else _tokens(turn.said)}
             for turn in exchanges
         ],
     }
@@ -84,7 +85,10 @@ def read_state(values: Mapping[str, Any], path: object, caches: Caches, config: 
     room = 2 * config.text.max_position_embeddings  # tokens of all turns: more cannot have been answered
     for value in reader.list("exchanges", values.get("exchanges")):
         exchanges.append(exchange := reader.exchange(value))
-        room -= len(exchange.asked) + len(exchange.said or ())
+        known = 0  # of its prompt: with a template of the checkpoint's own, each turn's is the whole one
+        if len(exchanges) > 1 and exchange.asked.ids[0] == config.bos_token_id:
+            known = min(len(exchanges[-2].asked), len(exchange.asked))
+        room -= len(exchange.asked) - known + len(exchange.said or ())
         if room < 0:
             raise reader.wrong("exchanges", "more tokens than fit", f"{config.text.max_position_embeddings} in all")
     return State(
@@ -210,5 +214,6 @@ class _Reader:
         if answer is not None and answer.spans:
             raise self.wrong("said", "pictures", "none")
         spans = len(question.spans)  # a picture may be shown in crops too
-        images = self.number("images", images, min(spans, 1), spans)
+        least = min(spans, 1) if question.ids[0] != self.config.bos_token_id else 0
+        images = self.number("images", images, least, spans)
         return Turn(self.text("text", text), images, question, answer, self.text("reply", reply))

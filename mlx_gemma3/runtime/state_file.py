@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from ..boundary.reading import MOST_JSON, parse_json
 from ..errors import SessionError
-from ..model import cache_state
 from ..model.cache import Caches
 from ..model.cache_state import CacheState
 from ..visible import listed
+from . import follow
 from .loaded import Loaded
 from .session_state import State, optional_shapes, read_state, shapes
 from .timeline import Identity, Timeline
@@ -68,7 +68,7 @@ def restore(contents: Contents, timeline: Timeline) -> dict[str, mx.array]:
     arrays = {
         name: array.view(mx.bfloat16) if kind == "BF16" else array for name, (kind, array) in contents.arrays.items()
     }
-    cache_state.restore(timeline.caches, CacheState(state.offset, state.filled, state.borders, arrays))
+    follow.restore(timeline.caches, CacheState(state.offset, state.filled, state.borders, arrays))
     timeline.tokens = state.tokens
     return arrays
 

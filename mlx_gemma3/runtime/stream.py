@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from ..boundary.arguments import takes
 from ..errors import ClosedError, Gemma3Error, OptionError
-from ..grammar.hints import instance, is_model
 from .events import Event, TokenLogprob, ToolCall, Usage
 
 Messages = Sequence[dict[str, Any]]
@@ -43,7 +42,8 @@ class Reply:
     prompt_logprobs: list[TokenLogprob | None] | None = None  # and of the prompt's; of its first there is none
     # Of an answer in a form that is whole: JSON's value or an instance of the schema's class; the text of other forms.
     parsed: Any = None
-    tool_calls: list[ToolCall] = field(default_factory=list)  # what it asks for; `text` is empty then
+    tool_calls: list[ToolCall] = field(default_factory=list)  # what it asks for; `text` is what was said beside them
+    thinking: str = ""  # what it thought before it answered (MedGemma); no part of `text`
 
 
 def check_process(loaded_in: int) -> None:
@@ -115,7 +115,11 @@ class Channel:
             OptionError: the type's own checks refuse it.
         """
         kind = self.schema
-        if parsed is None or not is_model(kind):
+        if parsed is None or not isinstance(kind, type):
+            return parsed
+        from ..grammar.hints import instance, is_model  # nobody else waits for it
+
+        if not is_model(kind):
             return parsed
         try:
             return instance(kind, parsed)
@@ -149,7 +153,8 @@ class Stream:
     def next(self, timeout: float | None = None) -> Event:
         """The next event, as a dict of plain types.
 
-        {"kind": "text", "text", "tokens"} · {"kind": "tool_call", "index", "call_id", "name", "arguments"}: a piece
+        {"kind": "text", "text", "tokens"} · {"kind": "thinking", "text", "tokens"}: what the model thinks before it
+        answers · {"kind": "tool_call", "index", "call_id", "name", "arguments"}: a piece
         of a call · {"kind": "pending"}: nothing within `timeout` seconds, or progress ("stage", "done", "total") ·
         {"kind": "done", "text", "tokens", "finish_reason", "usage"} · {"kind": "error", "code", "message"}. The
         last two end the stream and are given again when asked again.
@@ -206,6 +211,7 @@ class Stream:
             end.get("prompt_logprobs"),
             self._channel.instance(end.get("parsed")),
             end.get("tool_calls", []),
+            end.get("thinking", ""),
         )
 
     def listen(self, listener: Callable[[], None] | None) -> None:

@@ -52,7 +52,7 @@ class EngineThread(threading.Thread):
         self._error: Exception | None = None  # of loading
         self._known: Loaded | None = None
         self._scheduler: Scheduler | None = None
-        self._closing = False
+        self._closing = self._abandoned = False
         self._fetching = True  # not yet in MLX: a download may take its time, and nobody has to wait for it
         self._lock = threading.RLock()  # no request may slip in behind the end; collected objects may come in again
         _close_all_at_exit()
@@ -140,7 +140,7 @@ class EngineThread(threading.Thread):
             return
         with self._lock:
             self.stop()
-        while self.is_alive() and not self._fetching and threading.current_thread() is not self:
+        while self.is_alive() and not (self._fetching or self._abandoned) and threading.current_thread() is not self:
             self.join(0.05)  # not for good: what fetches now may have begun to wait for the network
 
     def run(self) -> None:
@@ -151,8 +151,8 @@ class EngineThread(threading.Thread):
         try:
             resolved = resolve(self._source, text_only=self._options.text_only, quiet=self._options.quiet)
             self._fetching = False
-            loaded, runner, budget = load(resolved, self._options, lambda: self._closing)
-            scheduler = Scheduler(loaded, runner, budget, self._queue.put)
+            loaded, runner, budget, draft = load(resolved, self._options, lambda: self._closing, self._abandon)
+            scheduler = Scheduler(loaded, runner, budget, self._queue.put, draft)
             wire(id(self), wired_bytes(loaded, runner))
         except Exception as error:  # raised again in the thread that asked for the engine
             failed = known(error)
@@ -171,7 +171,7 @@ class EngineThread(threading.Thread):
         finally:
             unwire(id(self))
         self._scheduler = None
-        del scheduler, runner
+        del scheduler, runner, draft
         leave_thread()
         if self._error is not None:
             self._refuse_rest(known(self._error))
@@ -183,7 +183,7 @@ class EngineThread(threading.Thread):
         except queue.Empty:
             with contextlib.suppress(Exception):  # what fails here fails again for the request that needs it
                 warm_up(loaded, runner)
-            return self._queue.get()
+            return _nothing
 
     def _serve(self, scheduler: Scheduler, item: _Item) -> None:
         """Turn after turn, until the end is asked for and everybody was told."""
@@ -208,7 +208,7 @@ class EngineThread(threading.Thread):
                 scheduler.turn()
             except Exception as error:  # nobody foresaw it: those that wait are told, the engine lives on
                 scheduler.fail_all(error)
-            if scheduler.device_errors >= MOST_DEVICE_ERRORS:
+            if scheduler.lost is not None or scheduler.device_errors >= MOST_DEVICE_ERRORS:
                 self._give_up(scheduler)
                 return
             item = _nothing
@@ -217,12 +217,14 @@ class EngineThread(threading.Thread):
             if ending and not scheduler.waiting:
                 scheduler.close()
                 return
-            with contextlib.suppress(queue.Empty):
-                item = self._queue.get(timeout=_BEAT if scheduler.waiting else None)
+            try:
+                item = self._queue.get(timeout=_BEAT if scheduler.waiting else scheduler.runner.rest)
+            except queue.Empty:
+                scheduler.beat()
 
     def _give_up(self, scheduler: Scheduler) -> None:
         """The GPU takes no more work: end all requests, those that come later too."""
-        error = DeviceLost(
+        error = scheduler.lost or DeviceLost(
             "GPU",
             got=f"{MOST_DEVICE_ERRORS} errors in a row",
             want="one that works",
@@ -234,6 +236,21 @@ class EngineThread(threading.Thread):
         with self._lock:
             self._error = error
             self._queue.put(None)
+
+    def _abandon(self, error: Gemma3Error) -> None:
+        """This thread hangs in MLX and will not come back: tell those that wait. Called in another."""
+        with self._lock:
+            self._error, self._abandoned = error, True
+        if self._scheduler is not None:
+            self._scheduler.fail_all(error)
+        self._loaded.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._queue.get_nowait()
+                if isinstance(item, Request | Embedding):
+                    item.fail(error)
+                elif isinstance(item, Call):
+                    item.future.set_exception(error)
 
     def _refuse_rest(self, error: Gemma3Error) -> None:
         while (item := self._queue.get()) is not None:

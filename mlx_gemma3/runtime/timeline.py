@@ -270,6 +270,7 @@ class Timeline:
         return next((start for start, stop in image_runs(prompt.spans) if start <= at < stop), at)
 
     def wrote(self, tokens: tuple[int, ...]) -> None:
-        """These were written after the prompt; the last may not be in the caches."""
+        """These were written after the prompt; the last may not be in the caches, or others of the same pass may be."""
         self.tokens, self.logits = self._prompt + Tokens(tokens), None
-        assert self.caches.offset <= len(self.tokens), (self.caches.offset, len(self.tokens))
+        if (beyond := self.caches.offset - len(self.tokens)) > 0:
+            self.runner.take_back([self.caches], [beyond])

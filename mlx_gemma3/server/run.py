@@ -14,6 +14,7 @@ import uvicorn
 
 from ..checkpoint.memory import this_machine
 from ..errors import Gemma3Error, OptionError
+from ..runtime.machines import current
 from .app import create_app
 from .asking import Service
 from .metrics import Metrics
@@ -30,7 +31,8 @@ def run(settings: Settings, tell: Callable[[str], None]) -> int:
     Raises:
         Gemma3Error: the address is taken, the first model cannot be loaded.
     """
-    models = Models(settings, this_machine().budget)
+    # Several machines hold one model at a time: every other one is dropped for it.
+    models = Models(settings, this_machine().budget if current() is None else 0)
     first = models.first
     models.begin(first)  # beside all that follows
     try:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,26 @@ QUESTION = "How many circles are there?"  # about PICTURE; the demo says 3
 class Server:
     """One that runs; `address` is its http address."""
 
-    def __init__(self, *arguments: str, code: str = "from mlx_gemma3.cli import main; main()", **env: str) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        code: str = "from mlx_gemma3.cli import main; main()",
+        launch: Sequence[str] = (),
+        **env: str,
+    ) -> None:
         """
         Args:
             code: what the process runs, with the command's words in sys.argv.
+            launch: a program that runs it.
         """
-        command = [sys.executable, "-c", f"import sys; sys.argv[0] = 'mlx-gemma3'; {code}", "serve", *arguments]
+        command = [
+            *launch,
+            sys.executable,
+            "-c",
+            f"import sys; sys.argv[0] = 'mlx-gemma3'; {code}",
+            "serve",
+            *arguments,
+        ]
         if "--port" not in arguments:
             command += ["--port", "0"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})

@@ -77,7 +77,7 @@ def test_openai_chat_streamed(oai: openai.OpenAI) -> None:
 
 def test_openai_settings(oai: openai.OpenAI) -> None:
     said: list[Any] = [{"role": "user", "content": HI}]
-    short = oai.chat.completions.create(model="demo", messages=said, max_completion_tokens=2)
+    short = oai.chat.completions.create(model="demo", messages=said, max_completion_tokens=2, temperature=0)
     assert short.choices[0].finish_reason == "length" and short.usage is not None and short.usage.completion_tokens == 2
     whole = oai.chat.completions.create(model="demo", messages=said, temperature=0).choices[0].message.content or ""
     stopped = oai.chat.completions.create(model="demo", messages=said, temperature=0, stop=[" know"])
