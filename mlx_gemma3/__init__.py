@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .prompt.tokenizer import Tokenizer
     from .prompt.tool_calls import parse_tool_calls
     from .runtime.engine import Engine, Reply, Session, Stream, load
+    from .tune import tune
 
 __all__ = [
     "ChatTemplate",
@@ -40,6 +41,7 @@ __all__ = [
     "load_model",
     "parse_tool_calls",
     "render_chat",
+    "tune",
 ]
 __version__ = "0.1.0"
 
@@ -66,8 +68,8 @@ keep_float32()
 def __getattr__(name: str) -> Any:
     if name in __all__:
         check_system()
-    if name in ("convert", "images"):  # a package that is called, and a module
-        return import_module(".convert" if name == "convert" else ".prompt.images", __name__)
+    if name in ("convert", "images", "tune"):  # packages that are called, and a module
+        return import_module(f".{name}" if name != "images" else ".prompt.images", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

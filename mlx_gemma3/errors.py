@@ -11,6 +11,7 @@
     ├── PromptError            "prompt"        the words and pictures do not make a prompt
     │   ├── TemplateError      "template"      the messages do not fit the chat template
     │   └── ContextError       "context"       more tokens than the model has positions
+    ├── DataError              "data"          what a model is to learn from cannot be learnt from
     ├── ImageError             "image"         a picture that cannot be read
     ├── OptionError            "option"        a setting out of its range
     ├── MemoryNeedError        "memory"        more memory than this machine has
@@ -27,6 +28,8 @@ Codes are part of the public interface: programs branch on them, so they never c
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from .visible import one_line
 
@@ -97,6 +100,21 @@ class TemplateError(PromptError):
 
 class ContextError(PromptError):
     code = "context"
+
+
+class DataError(Gemma3Error):
+    """
+    Args:
+        problems: each with its `line` and `text`; the message has as many of them as fit.
+    """
+
+    code = "data"
+
+    def __init__(
+        self, what: str, *, got: object = None, want: object = None, do: str = "", problems: Sequence[object] = ()
+    ) -> None:
+        super().__init__(what, got=got, want=want, do=do)
+        self.problems = tuple(problems)
 
 
 class ImageError(Gemma3Error):

@@ -200,6 +200,7 @@ def test_every_option_of_an_answer_can_be_set() -> None:
         "logprobs",
         "prompt_logprobs",
         "adapter",
+        "template_args",
         *("schema", "regex", "grammar", "choices", "free_first", "tools", "tool_choice", "parallel_tool_calls"),
     }
 

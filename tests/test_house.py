@@ -18,7 +18,7 @@ CONVERT = ROOT / "convert"  # installed as mlx_gemma3.convert
 RANKS = {
     "visible": 0, "errors": 1, "boundary": 2, "embedder_config": 2.5, "config": 3,
     "prompt": 4, "model": 5, "checkpoint": 6, "grammar": 6, "generation": 7, "runtime": 8,
-    "measure": 9, "worker": 9, "server": 9, "convert": 10, "__init__": 11, "commands": 12, "cli": 13,
+    "measure": 9, "tune": 9, "worker": 9, "server": 9, "convert": 10, "__init__": 11, "commands": 12, "cli": 13,
 }  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def test_commands_call_the_upper_rooms_and_open_pictures() -> None:
         "convert",
         "worker",
         "server",
+        "tune",
         "errors",
         "config",
         "boundary",

@@ -10,10 +10,13 @@ from random_model import random_model, tiny_config
 from test_batch import LIMIT, Writer, runner_of
 
 from mlx_gemma3.generation.batch import Batch, Row, decode
-from mlx_gemma3.generation.pace import Pace
-from mlx_gemma3.generation.speculation import LookUp, Proposer
+from mlx_gemma3.generation.choice import Chooser
+from mlx_gemma3.generation.depth import Depth
+from mlx_gemma3.generation.prefill import prefill
+from mlx_gemma3.generation.speculation import DraftModel, LookUp, Proposer
 from mlx_gemma3.model import cache
-from mlx_gemma3.runtime.timeline import FeatureCache
+from mlx_gemma3.model.runner import Runner
+from mlx_gemma3.runtime.timeline import FeatureCache, Tokens
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +26,7 @@ def small_slack(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-class AnyDepth(Pace):
+class AnyDepth(Depth):
     """Guesses as far as chance has it, whatever it costs."""
 
     def __init__(self, seed: int) -> None:
@@ -34,12 +37,26 @@ class AnyDepth(Pace):
         return [self.random.choice([0, len(chances), self.random.randint(0, len(chances))]) for chances in odds]
 
 
+def draft_model(runner: Runner, prompt: Tokens, chooser: Chooser) -> DraftModel:
+    """One that has yet to read the prompt, without its pictures, in small pieces."""
+    left = [token for token in prompt.ids if token != 60]
+    caches = runner.make_caches()
+
+    def read() -> bool:
+        some = left[:11]
+        del left[:11]
+        prefill(runner, some, caches)
+        return bool(left)
+
+    return DraftModel(runner, caches, chooser, read)
+
+
 class Guess:
     """Guesses what another model would write, mostly; and now and then anything."""
 
     def __init__(self, truth: Sequence[int], seed: int, wrong: float = 0.2) -> None:
         self.truth, self.random, self.wrong = list(truth), random.Random(seed), wrong
-        self.at = 0
+        self.at, self.price = 0, 0.0
 
     def odds(self) -> Sequence[float]:
         return [0.8] * 31
@@ -66,6 +83,7 @@ def run(kind: str, seed: int, sequences: int, bits: int = 16) -> tuple[int, int,
     config = tiny_config(max_position_embeddings=LIMIT, head_dim=64, query_pre_attn_scalar=64)
     model, chance = random_model(config, seed=seed % 5), random.Random(seed)
     runner = runner_of(kind, model)
+    other = runner_of(kind, random_model(config, seed=seed % 5 + 1))
     features, batch = FeatureCache(), Batch(runner, AnyDepth(seed))
     writers = [Writer(runner, seed * 100 + number) for number in range(6)]
     for writer in writers:
@@ -82,6 +100,8 @@ def run(kind: str, seed: int, sequences: int, bits: int = 16) -> tuple[int, int,
                 [LookUp(writer.prompt.ids, skip=[60], remembered=64)],
                 [Guess(wanted[id(writer)], seed, chance.choice([0.0, 0.2, 1.0]))],
                 [LookUp(writer.prompt.ids, skip=[60]), Guess(wanted[id(writer)], seed)],
+                [draft_model(runner, writer.prompt, row.chooser)],
+                [LookUp(writer.prompt.ids), draft_model(other, writer.prompt, row.chooser)],
                 [],
             ]
             row.proposers = chance.choice(proposers)

@@ -38,7 +38,7 @@ def write_words(folder: Path, kind: str) -> Path:
 
 def config_of(kind: str) -> dict[str, Any]:
     if kind in ("translategemma", "shieldgemma-2", "gemma-3"):
-        config = tiny.image_config()
+        config = tiny.image_config(max_position_embeddings=4096)
         if kind == "shieldgemma-2":
             config |= {"model_type": "shieldgemma2"}
             config |= dict(zip(("yes_token_index", "no_token_index"), CLASSES, strict=True))

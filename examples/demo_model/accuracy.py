@@ -44,12 +44,15 @@ def messages(question: Question, pictures: int) -> list[dict[str, Any]]:
     return turns[:-1]
 
 
-def answers(engine: g3.Engine, samples: Iterable[Sample], *, show: bool = False) -> list[str]:
+def answers(
+    engine: g3.Engine, samples: Iterable[Sample], *, adapter: str | None = None, show: bool = False
+) -> list[str]:
     """One greedy answer each."""
     found = []
     for number, one in enumerate(samples, 1):
         chat = messages(one.question, len(one.pictures))
-        reply = engine.generate(chat, images=list(one.pictures), max_tokens=ANSWER_TOKENS, temperature=0.0)
+        images = list(one.pictures)
+        reply = engine.generate(chat, images=images, max_tokens=ANSWER_TOKENS, temperature=0.0, adapter=adapter)
         found.append(reply.text.strip())
         if show and sys.stderr.isatty():
             sys.stderr.write(f"\r{number} answers")

@@ -60,6 +60,8 @@ def outline(thing: Thing) -> list[tuple[float, float]]:
             a = step * math.tau / 40
             y = 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
             points.append((16 * math.sin(a) ** 3 / 17, -(y + 2.5) / 15))
+    elif thing.shape == "hexagon":  # none of SHAPES: what the demo is taught later (hexagons.py)
+        points = [(math.cos(a * math.tau / 6), math.sin(a * math.tau / 6)) for a in range(6)]
     else:  # a cross
         arm = 0.32
         points = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..config import Config
@@ -56,6 +57,19 @@ SIZES: Mapping[str, Config] = {
     "27B": _with_pictures(hidden=5376, inner=21504, layers=62, heads=32, head_dim=128, query_pre_attn_scalar=5376 / 32),
 }
 
+# EmbeddingGemma, by its model card and configuration: half of the window to each side, no head of its own.
+EMBEDDING = Config.from_dict(
+    {
+        **_SMALL,
+        "hidden_size": 768,
+        "intermediate_size": 1152,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 2048,
+        "use_bidirectional_attention": True,
+    }
+)
+
 _IN_A_NAME = re.compile(rf"(?<![a-z0-9])({'|'.join(SIZES)})(?![a-z0-9])", re.IGNORECASE)
 
 
@@ -73,3 +87,18 @@ def size_in(name: str) -> str | None:
     """ "4B" for "4b" and "mlx-community/gemma-3-4b-it-8bit"; None where a name says no size."""
     found = _IN_A_NAME.search(name)
     return found[1].upper() if found else None
+
+
+def member_in(name: str) -> tuple[str, Config] | None:
+    """What is known of a model of the family by its name, as "medgemma-27b-text-it"; None of a name that says nothing.
+
+    Returns:
+        Its size in words, and its config.
+    """
+    said = name.lower()
+    if "embeddinggemma" in said:
+        return "EmbeddingGemma 300M", EMBEDDING
+    if (size := size_in(name)) is None:
+        return None
+    config = SIZES[size]
+    return size, replace(config, vision=None) if "medgemma" in said and "text" in said else config

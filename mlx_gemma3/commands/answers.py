@@ -60,7 +60,7 @@ def _parameter(name: str) -> inspect.Parameter:
     elif default is not None:
         kind = Annotated[int, typer.Option(help=setting.help)]
     else:
-        kind = Annotated[_TYPES[setting.kind], typer.Option(help=setting.help, show_default=_shown(setting))]
+        kind = Annotated[_TYPES[setting.kind], typer.Option(flag, help=setting.help, show_default=_shown(setting))]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 

@@ -17,6 +17,7 @@ from ..boundary.writing import check_writable
 from ..errors import Gemma3Error, OptionError, PromptError
 from .adapters import only
 from .answers import answering
+from .speculation import Draft, Off, guessed_by
 from .streams import OutputLost, was_closed
 from .terminal import leave, own
 
@@ -64,6 +65,8 @@ def chat(
     max_context: Annotated[
         int | None, typer.Option(help="Most tokens of the conversation.", show_default="the model's")
     ] = None,
+    draft: Draft = None,
+    no_speculation: Off = False,
     force: Annotated[bool, typer.Option("--force", help="Load even where memory will not do.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes: answers and errors only.")] = False,
 ) -> None:
@@ -76,7 +79,7 @@ def chat(
     from .talk.talk import ChatState
     from .talk.tools import Tools
 
-    settings, adapters = Settings(options), only(adapter)
+    settings, adapters, guesses = Settings(options), only(adapter), guessed_by(draft, off=no_speculation)
     if was_closed(0):
         raise PromptError("standard input", got="a closed one", want="questions")
     if image and text_only:
@@ -96,6 +99,7 @@ def chat(
             kv_bits=kv_bits,
             max_context=max_context,
             adapters=adapters,
+            **guesses,
             force=force,
             quiet=quiet or hidden,
         )

@@ -17,8 +17,9 @@ from ..boundary.writing import check_writable
 from ..errors import OptionError, PromptError
 from .adapters import only
 from .answers import answering
+from .speculation import Draft, Off, guessed_by
 from .streams import WAIT, OutputLost, Piped
-from .terminal import Pace, Status, answer, emit, leave, print_notes, tell
+from .terminal import Pace, Status, answer, emit, leave, print_notes, tell, thought
 
 if TYPE_CHECKING:
     from ..runtime.events import Event, Usage
@@ -68,6 +69,8 @@ def generate(
     max_context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer.", show_default="the model's")
     ] = None,
+    draft: Draft = None,
+    no_speculation: Off = False,
     force: Annotated[bool, typer.Option("--force", help="Load even where memory will not do.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per event.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Counts and speeds, after the answer.")] = False,
@@ -76,7 +79,7 @@ def generate(
     """Answer a prompt, with any number of pictures, as it is written."""
     images: list[str | bytes] = list(image or [])
     _refuse_picture(prompt, given=bool(images))
-    adapters = only(adapter)
+    adapters, guesses = only(adapter), guessed_by(draft, off=no_speculation)
     message = _with_pictures(prompt or "", images, raw=raw)
     if images and text_only:
         raise OptionError("--image", got="--text-only as well", want="one or the other")
@@ -112,6 +115,7 @@ def generate(
         local_kv_bits=local_kv_bits,
         max_context=max_context,
         adapters=adapters,
+        **guesses,
         force=force,
         quiet=quiet or as_json,
     ) as engine:
@@ -130,7 +134,7 @@ def generate(
             stream = talk.send(message if isinstance(message, str) else message[0]["content"], images=images, **options)
         kept = None if session is None else lambda: talk.save(session, replace=False)
         first = prefill.strip() if prefill is not None and not as_json else ""  # as the template writes it
-        stopped = _print(stream, status, first, as_json=as_json, kept=kept)
+        stopped = _print(stream, status, first, as_json=as_json, quiet=quiet, kept=kept)
         if stats and (end := stream.next())["kind"] == "done":
             tell(_stats(end["usage"], unpacked=engine.about["unpacked_bytes"]))
     if stopped:
@@ -221,18 +225,21 @@ def _read(piped: Piped, *, quiet: bool) -> str:
     return text
 
 
-def _print(stream: Stream, status: Status, first: str, *, as_json: bool, kept: Callable[[], None] | None) -> int:
+def _print(
+    stream: Stream, status: Status, first: str, *, as_json: bool, quiet: bool, kept: Callable[[], None] | None
+) -> int:
     """Write the answer as it comes, and keep it. A signal ends the answer; returns its number, or 0.
 
     Args:
         first: what stands before it.
+        quiet: what the model thinks before it answers is not shown.
         kept: keeps the answer, also one that could not be written; None where it is nowhere to be kept.
 
     Raises:
         OutputLost, BrokenPipeError: it could not be written.
         Gemma3Error: there is none.
     """
-    stopped, pace = 0, Pace()
+    stopped, thinks, pace = 0, False, Pace()
     failure: Exception | None = None
 
     def cancel(number: int, _: object) -> None:
@@ -252,7 +259,8 @@ def _print(stream: Stream, status: Status, first: str, *, as_json: bool, kept: C
                 answer(first)
                 first = ""
             if failure is None:
-                _show(event, status, pace, as_json=as_json)
+                _show(event, status, pace, as_json=as_json, quiet=quiet, thinks=thinks)
+            thinks = kind == "thinking" and not quiet
         except (OutputLost, BrokenPipeError) as error:
             if kept is None:
                 raise
@@ -268,8 +276,12 @@ def _print(stream: Stream, status: Status, first: str, *, as_json: bool, kept: C
     return stopped
 
 
-def _show(event: Event, status: Status, pace: Pace, *, as_json: bool) -> None:
-    """What one event has to show."""
+def _show(event: Event, status: Status, pace: Pace, *, as_json: bool, quiet: bool, thinks: bool) -> None:
+    """What one event has to show.
+
+    Args:
+        thinks: what the model thinks was shown last.
+    """
     if event["kind"] == "pending":
         if "stage" not in event:
             return
@@ -284,7 +296,12 @@ def _show(event: Event, status: Status, pace: Pace, *, as_json: bool) -> None:
     status.clear()
     if as_json:
         emit(event)
-    elif event["kind"] != "error":
+    elif event["kind"] == "thinking":
+        if not quiet:
+            thought(event["text"])
+    elif event["kind"] in ("text", "done"):
+        if thinks:
+            thought(None)
         answer(event["text"] if event["kind"] == "text" else "\n")
 
 
@@ -294,6 +311,7 @@ def _stats(usage: Usage, *, unpacked: int) -> str:
     def speed(tokens: int, seconds: float) -> str:
         return f"{tokens / seconds:.1f} tokens/s" if tokens > 0 and seconds > 0 else "no speed"
 
+    guessed = f", {usage['accepted_tokens']} of {usage['drafted_tokens']} guessed right in {usage['passes']} passes"
     on_disk = " from disk" if usage["cached_from"] == "disk" else ""
     answered = usage["completion_tokens"]
     after_first = usage["answer_seconds"] - (usage["first_token_seconds"] - usage["prompt_seconds"])
@@ -302,7 +320,8 @@ def _stats(usage: Usage, *, unpacked: int) -> str:
             f"prompt {usage['prompt_tokens']} tokens, {usage['cached_tokens']} of them known{on_disk}, "
             + speed(usage["processed_tokens"], usage["prompt_seconds"]),
             *([f"{usage['images']} pictures"] if usage["images"] else []),
-            f"answer {answered} tokens, {speed(answered - 1, after_first)}",
+            f"answer {answered} tokens, {speed(answered - 1, after_first)}"
+            + (guessed if usage["drafted_tokens"] else ""),
             f"first token after {usage['prepare_seconds'] + usage['first_token_seconds']:.2f} s",
             f"peak memory {usage['peak_memory_bytes'] / 2**30:.2f} GiB",
             *([f"weights unpacked to float32 for this CPU: {unpacked / 2**30:.2f} GiB more"] if unpacked else []),

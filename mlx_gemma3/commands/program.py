@@ -21,7 +21,20 @@ from .machines import ALONE, ON_MACHINES, follow_first
 from .streams import OutputLost
 from .terminal import say, tell
 
-_NAMES = ("generate", "chat", "embed", "convert", "evaluate", "inspect", "fit", "bench", "serve", "worker")
+_NAMES = (
+    "generate",
+    "chat",
+    "embed",
+    "classify",
+    "convert",
+    "tune",
+    "evaluate",
+    "inspect",
+    "fit",
+    "bench",
+    "serve",
+    "worker",
+)
 
 
 class _Commands(UserDict[str, Any]):

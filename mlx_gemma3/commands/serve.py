@@ -11,6 +11,7 @@ import typer
 from ..errors import OptionError
 from .adapters import named
 from .prompt_cache import Folder, Size, kept_in
+from .speculation import Draft, Off, guessed_by
 from .terminal import tell
 
 
@@ -51,6 +52,8 @@ def serve(
     local_kv_bits: Annotated[int, typer.Option(help="The same of local layers.")] = 16,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
+    draft: Draft = None,
+    no_speculation: Off = False,
     prompt_cache: Folder = None,
     prompt_cache_size: Size = "20GB",
     grace: Annotated[float, typer.Option(min=0, help="Seconds that answers have to end in after SIGTERM.")] = 30.0,
@@ -71,7 +74,7 @@ def serve(
     load: dict[str, Any] = {
         "dtype": dtype, "text_only": text_only, "kv_bits": kv_bits, "local_kv_bits": local_kv_bits,
         "max_context": max_context, "parallel": parallel, "queue": queue, "quiet": quiet,
-        **kept_in(prompt_cache, prompt_cache_size),
+        **kept_in(prompt_cache, prompt_cache_size), **guessed_by(draft, off=no_speculation),
     }  # fmt: skip
     settings = Settings(
         models=tuple(models),

@@ -16,7 +16,8 @@ from ..visible import json_line, one_line, visible
 from .streams import leave
 
 __all__ = [
-    "Pace", "Status", "answer", "columns", "emit", "fitted", "leave", "own", "print_notes", "say", "tell", "width"
+    "Pace", "Status", "answer", "columns", "emit", "fitted", "leave", "own", "print_notes", "say", "tell", "thought",
+    "width",
 ]  # fmt: skip
 
 BAR = 24  # places
@@ -27,6 +28,14 @@ def answer(text: str) -> None:
     """Some of a model's answer, at once: as it is for a file or a program, filtered for a terminal."""
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def thought(text: str | None) -> None:
+    """Some of what a model thinks before it answers, on stderr, dimmed for a terminal; None: it begins to answer."""
+    dim = sys.stderr.isatty()
+    shown = "\n" if text is None else visible(text) if dim else text
+    sys.stderr.write(f"\x1b[2m{shown}\x1b[0m" if dim and text else shown)
+    sys.stderr.flush()
 
 
 def say(text: str) -> None:

@@ -25,7 +25,7 @@ from ..model.cache import Caches
 from ..model.device import STEPS_BETWEEN, release
 from ..model.runner import Runner
 from .choice import Along, Chooser, Chosen, Likelihood, choose
-from .pace import Pace
+from .depth import Depth
 from .sampling import Sampling
 from .speculation import Proposer, accepted
 
@@ -81,12 +81,12 @@ class Draft:
 class Batch:
     """The rows that write now. They join and leave between any two calls of `next`."""
 
-    def __init__(self, runner: Runner, pace: Pace | None = None) -> None:
+    def __init__(self, runner: Runner, depth: Depth | None = None) -> None:
         """
         Args:
-            pace: says how far to guess.
+            depth: says how far to guess.
         """
-        self.runner, self.pace = runner, pace or Pace(compiles=runner.ahead)
+        self.runner, self.depth = runner, depth or Depth(compiles=runner.ahead)
         self.rows: list[Row] = []
         self._begun: list[Written] = []  # what was forced at the beginning of answers
         self._steps = 0
@@ -117,7 +117,9 @@ class Batch:
         rows = [row for row in self.rows if not row.over]
         if late := [row for row in rows if row._logits is not None]:
             _choose(late, _stacked([row._logits for row in late if row._logits is not None]))
+        drafting = perf_counter()
         drafts, held, failed = self._drafts(rows)
+        drafting = perf_counter() - drafting
         behind = [row for row in rows if row._behind]
         verified = [row for row in behind if drafts and len(row._behind) <= SHORT]
         self._catch_up([row for row in behind if row not in verified])
@@ -129,14 +131,15 @@ class Batch:
             tokens = sum(len(row._behind) + len(drafts[row].tokens if row in drafts else ()) for row in verified)
             found = self._verify(verified, drafts, going)
             count = len(verified) + len(going)
-            self.pace.took_pass(count, tokens + len(going), perf_counter() - began, len(found) + len(going))
+            seconds = perf_counter() - began - drafting
+            self.depth.took_pass(count, tokens + len(going), seconds, len(found) + len(going), drafting)
             written += found
         else:
             self._issue(going)
         written += [one for row, unread in reading for one in _read(row, *unread)]
         plain = [] if verified or held or len(behind) not in (0, len(reading)) else [row for row, _ in reading]
         if plain and plain == self._plain:  # else it may have taken a part of a step, or more
-            self.pace.took_step(len(plain), perf_counter() - began)
+            self.depth.took_step(len(plain), perf_counter() - began)
         self._plain = plain
         return written + failed
 
@@ -153,7 +156,8 @@ class Batch:
         if not asked:
             return {}, set(), []
         guesses = [_likeliest(row) for row in asked]
-        depths = self.pace.depths([odds for odds, _ in guesses], len(rows))
+        prices = [proposer.price for _, proposer in guesses]
+        depths = self.depth.depths([odds for odds, _ in guesses], len(rows), prices)
         drafts: dict[Row, Draft] = {}
         held: set[Row] = set()
         failed: list[Written] = []

@@ -185,6 +185,14 @@ class Chooser:
         self._key, now = mx.random.split(self._key)
         return now
 
+    def coming_keys(self, count: int) -> list[mx.array | None]:
+        """Those that `key` will give next; None for greedy choices, which need none."""
+        if self._key is None:
+            return [None] * count
+        kept, keys = self._key, [self.key() for _ in range(count)]
+        self._key = kept
+        return list(keys)
+
     def adjust(self, logits: mx.array) -> mx.array:
         """(1, V) float32 with penalties, bias and constraint."""
         sampling = self.sampling

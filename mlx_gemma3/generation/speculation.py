@@ -15,11 +15,19 @@ about as often as their distributions overlap.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Protocol
 
-from .pace import MOST
+import mlx.core as mx
+import numpy as np
+
+from ..model.cache import Caches
+from ..model.runner import Runner
+from .choice import Chooser
+from .depth import MOST
+from .sampling import sample
 from .suffixes import Suffixes
 
 REMEMBERED = 1 << 15  # tokens that a look-up knows: 13 MB
@@ -29,6 +37,8 @@ LEAST = 0.02  # a token that survives more seldom is not worth a thought
 
 class Proposer(Protocol):
     """Guesses how one sequence goes on."""
+
+    price: float  # seconds that a token of a guess takes
 
     def odds(self) -> Sequence[float]:
         """The probability that the first n tokens of a guess made now are right, n = 1, 2, …; empty for no guess."""
@@ -74,6 +84,8 @@ class LookUp:
         record: of other sequences; this one's is added to it.
         remembered: tokens that are kept in mind; of a longer text the newest.
     """
+
+    price = 0.0
 
     def __init__(
         self,
@@ -138,6 +150,84 @@ class LookUp:
                 return
             token = -1 - len(self._suffixes.text)  # no other is like it
         self._suffixes.push(token)
+
+
+LIKELY = 0.75  # that a draft model's token is right, before any was asked for
+PIECE = 512  # tokens that it reads at once
+DRIFT = 0.995  # of what is known of it is left after a token that it was not asked for
+
+
+class DraftModel:
+    """A smaller model of the same vocabulary writes on, on caches of its own, with the noise of the sequence's draws.
+
+    Args:
+        caches: of the draft model; they hold what `read` has read.
+        chooser: the sequence's own.
+        read: reads some more of the prompt; False when that was the last of it. None when all of it was read.
+    """
+
+    def __init__(self, runner: Runner, caches: Caches, chooser: Chooser, read: Callable[[], bool] | None) -> None:
+        self._runner, self._caches, self._chooser, self._read = runner, caches, chooser, read
+        self._waiting: list[int] = []  # were written, and are not in the caches
+        self._beyond: list[int] = []  # were guessed, and are in the caches
+        self._guess: list[int] = []  # of which the sequence has not come to yet
+        self._right = self._asked = 0.0
+        self.price = 0.0
+        self._most = runner.config.text.max_position_embeddings
+        self._over = False  # a token came that it does not know
+
+    def odds(self) -> Sequence[float]:
+        """See Proposer."""
+        if self._over or self._caches.offset + len(self._waiting) + MOST > self._most:
+            return ()
+        chance = (self._right + WEIGHT * LIKELY) / (self._asked + WEIGHT)
+        return [chance**place for place in range(1, min(MOST, self._caches.slack) + 1)]
+
+    def propose(self, count: int) -> list[int]:
+        """See Proposer. Reads first, and only that, where there is much to read."""
+        if self._read is not None:
+            self._read = self._read if self._read() else None
+            return []
+        if not self._waiting:
+            return []
+        runner, caches, began = self._runner, self._caches, perf_counter()
+        if len(self._waiting) > PIECE:
+            mx.eval(runner.read([self._waiting[:PIECE]], None, caches, last_only=True, spans=()), caches.arrays)
+            del self._waiting[:PIECE]
+            return []
+        if len(self._waiting) > MOST:
+            logits = runner.head(runner.read([self._waiting], None, caches, last_only=True, spans=()))[:, 0]
+        else:
+            logits = runner.verify(mx.array(self._waiting), [caches], [len(self._waiting)], [1])
+        self._waiting = []
+        sampling, tokens = self._chooser.sampling, list[mx.array]()
+        for key in self._chooser.coming_keys(count):
+            if tokens:
+                logits = runner.step(tokens[-1], [caches])
+            tokens.append(sample(logits, sampling, [] if key is None else [key]))
+        found: list[int] = np.array(mx.concatenate(tokens)).tolist()
+        seconds = (perf_counter() - began) / count
+        self.price = seconds if not self.price else 0.7 * self.price + 0.3 * seconds
+        self._guess, self._beyond = list(found), found[:-1]
+        return found
+
+    def wrote(self, token: int) -> None:
+        """See Proposer."""
+        self._over = self._over or token >= self._runner.config.text.vocab_size
+        if self._guess:
+            right = self._guess.pop(0) == token
+            self._right, self._asked = FORGET * self._right + right, FORGET * self._asked + 1
+            if not right:
+                self._guess = []
+        else:
+            self._right, self._asked = DRIFT * self._right, DRIFT * self._asked
+        if self._beyond and self._beyond[0] == token and not self._waiting:
+            del self._beyond[0]
+            return
+        if self._beyond:
+            self._runner.take_back([self._caches], [len(self._beyond)])
+            self._beyond = []
+        self._waiting.append(token)
 
 
 def _bucket(matched: int) -> int:

@@ -1,4 +1,4 @@
-"""The grammar of FunctionGemma's calls: words, then calls between its own tokens, each with arguments of its schema.
+"""The grammar of FunctionGemma's calls: words, or calls between its own tokens, each with arguments of its schema.
 
     <start_function_call>call:NAME{key:<escape>text<escape>,list:[1,2],open:true}<end_function_call>
 
@@ -42,7 +42,7 @@ def lark(tools: Sequence[Tool], tokenizer: Tokenizer, *, choice: str, parallel: 
     """The grammar of an answer.
 
     Args:
-        choice: "auto": words, calls or both; "required": calls; or the name of the one to call.
+        choice: "auto": words or calls; "required": calls; or the name of the one to call.
         parallel: whether it may hold several calls.
 
     Raises:
@@ -53,7 +53,7 @@ def lark(tools: Sequence[Tool], tokenizer: Tokenizer, *, choice: str, parallel: 
         raise OptionError("tool_choice", got=choice, want="auto, none, required, or a tool's name")
     rules = _Rules(tokenizer)
     calls = "call+" if parallel else "call"
-    rules.add("start", f"TEXT ({calls})? | {calls}" if choice == "auto" else calls)
+    rules.add("start", f"TEXT | {calls}" if choice == "auto" else calls)
     heads = [f"{json.dumps(f'call:{tool.name}')} {rules.members(tool.parameters, tool.parameters)}" for tool in chosen]
     rules.add("call", f"{rules.token(START)} ({' | '.join(heads)}) {rules.token(END)}")
     rules.add("text", f"{rules.token(ESCAPE)} TEXT? {rules.token(ESCAPE)}")

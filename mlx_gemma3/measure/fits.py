@@ -23,7 +23,7 @@ from ..checkpoint.memory import (
     share_of_entries,
     this_machine,
 )
-from ..checkpoint.published import SIZES, size_in, size_of
+from ..checkpoint.published import SIZES, member_in, size_of
 from ..checkpoint.source import resolve
 from ..checkpoint.weights import open_store
 from ..config import Config
@@ -141,10 +141,11 @@ def _find(model: str, *, text_only: bool) -> Subject:
         size = size_of(checkpoint.config)
         name = checkpoint.name + (f" ({size})" if size else "")
         return Subject(name, checkpoint.config, open_store(checkpoint).entries)
-    if (size := size_in(model)) is None:
+    if (found := member_in(model)) is None:
         sizes = ", ".join(SIZES).lower()
         raise SourceNotFound(repr(model), got="no such path, and no size in the name", want=f"{sizes}, or a path")
-    return _published(size, text_only=text_only)
+    size, config = found
+    return Subject(size, replace(config, vision=None) if text_only else config)
 
 
 def _published(size: str, *, text_only: bool) -> Subject:

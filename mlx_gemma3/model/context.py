@@ -2,8 +2,8 @@
 
 A chunk is a stretch of tokens (B, L) on one set of caches, or on none. A step is a token, or a few, for each of several
 sequences, each on its own caches: matrices take all of them together, attention goes sequence by sequence, so nothing
-is padded, and sequences join and leave from one step to the next. Texts of an embedding model go the same way: all
-their tokens are rows of one product, and each text attends to itself alone.
+is padded, and sequences join and leave from one step to the next. Texts of an embedding model and the sequences that a
+model is trained on go the same way: all their tokens are rows of one product, and each attends to itself alone.
 """
 
 from __future__ import annotations
@@ -190,4 +190,46 @@ class Texts:
         name = (queries, before, keys, window)
         if name not in self._masks:
             self._masks[name] = two_sided_mask(range(before, before + queries), range(keys), window)
+        return self._masks[name]
+
+
+class Sequences:
+    """Whole sequences one behind another, each token a row: (T, 1, D). No caches; each attends to itself by the rule.
+
+    What training reads: nothing is padded, whatever the lengths. Neighbours of one length attend in one call.
+    """
+
+    def __init__(self, lengths: Sequence[int], blocks: mx.array | None = None) -> None:
+        """
+        Args:
+            lengths: tokens of each sequence, T together; fastest when those of one length are neighbours.
+            blocks: (T,) int, 0 for text, n for the tokens of the n-th image block of all; None where there is none.
+        """
+        self.positions = mx.array(np.concatenate([np.arange(length) for length in lengths]))  # (T,)
+        self._runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+        self._blocks = blocks
+        self._masks: dict[tuple[int, int | None], mx.array | str | None] = {}
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
+        found, start = [], 0
+        for length, count in self._runs:
+            stop = start + length * count
+            qs, ks, vs = (
+                x[start:stop].reshape(count, length, -1, x.shape[-1]).transpose(0, 2, 1, 3)  # (count, heads, L, D)
+                for x in (q, k, v)
+            )
+            mask = self._mask(start, count, length, rule.window)
+            out = attend(qs, (ks,), (vs,), scale=rule.scale, mask=mask)
+            found.append(out.transpose(0, 2, 1, 3).reshape(stop - start, -1, 1, out.shape[-1]))
+            start = stop
+        return found[0] if len(found) == 1 else mx.concatenate(found)
+
+    def _mask(self, start: int, count: int, length: int, window: int | None) -> mx.array | str | None:
+        """Of the run of sequences that begins at row `start`: the same in all layers of a kind."""
+        name = (start, None if window is not None and length <= window else window)
+        if name not in self._masks:
+            blocks = None
+            if self._blocks is not None:
+                blocks = self._blocks[start : start + count * length].reshape(count, length)
+            self._masks[name] = attention_mask(length, 0, length, window=window, blocks=blocks)
         return self._masks[name]

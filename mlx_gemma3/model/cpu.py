@@ -84,7 +84,7 @@ def matrix(module: nn.Module, *, unpack: bool = False) -> Multiply:
     """(…, in) → (…, out), without the bias."""
     mx.eval(module.parameters())
     packed = "scales" in module
-    rows = _rows(module)
+    rows = matrix_rows(module)
     kept: list[Floats] = []
     room = _room(rows[1], module.scales.shape[1] * module.group_size) if packed and unpack else None
     left_packed = True  # its first product of a row or two; a prompt needs it unpacked anyway
@@ -184,7 +184,7 @@ def attend(
     batch, heads, length, size = queries.shape
     groups, count = k.shape[1], k.shape[2]
     together = heads // groups
-    hidden = None if mask is None else _hidden(mask, batch, length, count)
+    hidden = None if mask is None else unseen(mask, batch, length, count)
     step = max(-(-MANY // together), BLOCK // (together * count))
     room = np.empty(together * min(step, length) * count, np.float32)
 
@@ -323,7 +323,7 @@ def _patches(conv: PatchConv) -> Multiply:
     return convolved
 
 
-def _rows(module: nn.Module) -> tuple[MatrixRows, int, int]:
+def matrix_rows(module: nn.Module) -> tuple[MatrixRows, int, int]:
     """A matrix (out, in) for `matmul`: some rows in float32, how many there are, and at a time (0: all, in no room)."""
     if "scales" not in module:
         return _rows_of(module.weight)
@@ -422,7 +422,7 @@ def _packed(module: nn.Module, rows: slice) -> tuple[mx.array, mx.array, mx.arra
     return module.weight[rows], module.scales[rows], biases if biases is None else biases[rows]
 
 
-def _hidden(mask: mx.array | str, batch: int, length: int, count: int) -> npt.NDArray[np.bool_]:
+def unseen(mask: mx.array | str, batch: int, length: int, count: int) -> npt.NDArray[np.bool_]:
     """(B, L, S): the keys that a query does not see."""
     if isinstance(mask, str):
         positions = np.arange(count)

@@ -93,6 +93,7 @@ class Answer:
     def finish(self) -> TextEvent | ThinkingEvent | None:
         """The answer is over: what was held back."""
         if self._thinks:
+            self._thinks = False
             return self._think(self._decoder.finish())
         rest = self._stopper.push(self._decoder.finish()) + self._stopper.finish()
         self.ended = self.ended or self._stopper.found is not None

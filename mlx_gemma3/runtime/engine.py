@@ -52,6 +52,7 @@ class LoadOptions(TypedDict, total=False):
     adapters: Mapping[str, str | Path] | None
     prompt_cache: str | Path | None
     prompt_cache_bytes: int
+    draft: str | Path | None
     speculation: bool
     force: bool
     quiet: bool
@@ -74,6 +75,8 @@ class Engine:
         prompt_cache: a folder for prompts that leave memory, made where there is none: each is read once, and found
             again after a restart. It may be shared with other programs and models. None: they are forgotten.
         prompt_cache_bytes: of all files in it; those not used for longest are deleted first.
+        draft: a smaller Gemma 3 of the same vocabulary, which guesses what this one will write. A model that does
+            not write has none.
         speculation: guess tokens that follow what was read or written before, and check several in one pass, where that
             is faster here (docs/speculation.md). It changes no token of an answer.
         force: load even where memory will not do.
@@ -88,7 +91,7 @@ class Engine:
     @takes(
         source="path", dtype="text", text_only="switch", kv_bits="whole", local_kv_bits="whole", max_context="whole",
         parallel="whole", queue="whole", adapters="paths", prompt_cache="path", prompt_cache_bytes="whole",
-        speculation="switch", force="switch", quiet="switch", wait="switch",
+        draft="path", speculation="switch", force="switch", quiet="switch", wait="switch",
     )  # fmt: skip
     def __init__(
         self,
@@ -104,6 +107,7 @@ class Engine:
         adapters: Mapping[str, str | Path] | None = None,
         prompt_cache: str | Path | None = None,
         prompt_cache_bytes: int = 20 * 10**9,
+        draft: str | Path | None = None,
         speculation: bool = True,
         force: bool = False,
         quiet: bool = False,
@@ -117,6 +121,8 @@ class Engine:
         ):
             if value is not None and value < least:
                 raise OptionError(name, got=value, want=f">= {least}")
+        if draft is not None and not speculation:
+            raise OptionError("draft", got="speculation=False as well", want="one or the other")
         options = EngineOptions(
             dtype=dtype,
             text_only=text_only,
@@ -128,6 +134,7 @@ class Engine:
             adapters=adapters or {},
             prompt_cache=prompt_cache,
             prompt_cache_bytes=prompt_cache_bytes,
+            draft=draft,
             speculation=speculation,
             force=force,
             quiet=quiet,

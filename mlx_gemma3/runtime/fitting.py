@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..checkpoint.load import Checkpoint, open_checkpoint
 from ..checkpoint.memory import (
     GIB,
@@ -128,12 +130,16 @@ def _file_bytes(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))
 
 
-def needed_bytes(source: str, *, dtype: str = "auto", text_only: bool = False, quiet: bool = True, **_: object) -> int:
-    """Bytes that a model's weights would take here. Fetches it if need be.
+def needed_bytes(
+    source: str | Path, *, dtype: str = "auto", text_only: bool = False, quiet: bool = True,
+    draft: str | Path | None = None, **_: object,
+) -> int:  # fmt: skip
+    """Bytes that a model's weights would take here, with its draft model's. Fetches them if need be.
 
     Raises:
         Gemma3Error: it cannot be found or understood.
     """
     checkpoint = open_checkpoint(resolve(source, text_only=text_only, quiet=quiet), text_only=text_only)
     dtype_bytes = {"float32": 4, "bfloat16": 2}.get(dtype, this_machine().dtype_bytes)
-    return loaded_bytes(open_store(checkpoint).entries, dtype_bytes=dtype_bytes)
+    more = 0 if draft is None else needed_bytes(draft, dtype=dtype, text_only=True, quiet=quiet)
+    return loaded_bytes(open_store(checkpoint).entries, dtype_bytes=dtype_bytes) + more

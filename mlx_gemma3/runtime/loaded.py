@@ -33,6 +33,8 @@ class About(TypedDict):
     instruct: bool  # tuned for chat
     vision: bool  # takes pictures
     dimensions: NotRequired[int]  # of an embedding model's vectors
+    own_template: NotRequired[bool]  # true where turns are written by the checkpoint's own chat template
+    translates: NotRequired[bool]  # true of TranslateGemma: a turn is one text or picture, with its languages
     max_context: int  # tokens of a prompt and its answer
     weights_bytes: int
     unpacked_bytes: int  # of packed weights that a CPU keeps as float32 too, because it is faster so
@@ -54,6 +56,7 @@ class EngineOptions:
     adapters: Mapping[str, str | Path] = field(default_factory=dict)  # folders by name
     prompt_cache: str | Path | None = None
     prompt_cache_bytes: int = 20 * 10**9
+    draft: str | Path | None = None
     speculation: bool = True
     force: bool = False
     quiet: bool = False
@@ -100,6 +103,11 @@ class Loaded:
         self._weights_bytes = sum(array.nbytes for _, array in tree_flatten(runner.model.parameters()))
         self._weights_bytes += sum(adapter.nbytes for adapter in adapters.values()) * runner.dtype.size // 4
 
+    def holds_too(self, draft: Runner) -> None:
+        """Before anybody else knows of this: a draft model is loaded beside it."""
+        self._weights_bytes += sum(array.nbytes for _, array in tree_flatten(draft.model.parameters()))
+        self._unpacked_bytes += draft.unpacked_bytes
+
     def thinking_after(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends inside a thinking part that its template opened."""
         if self.thought is None:
@@ -133,6 +141,10 @@ class Loaded:
             adapters=list(self._adapters),
             notes=list(self.notes),
         )
+        if self.template is not None:
+            about["own_template"] = True
+        if self.translates:
+            about["translates"] = True
         if self.config.embedder is not None:
             about["dimensions"] = self.config.embedder.dimensions
         return about

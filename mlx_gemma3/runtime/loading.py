@@ -24,6 +24,7 @@ from .follow import Follower, LeadingRunner
 from .loaded import EngineOptions, Loaded
 from .machines import REST, Machines, current, plain_options
 from .options import Options
+from .speculating import load_draft
 
 WARM_TOKENS = 64  # of a prompt: Metal multiplies one to eight rows by other kernels than many
 
@@ -42,8 +43,8 @@ def load(
     options: EngineOptions,
     closing: Callable[[], bool] = lambda: False,
     lost: Callable[[Gemma3Error], None] = lambda error: None,
-) -> tuple[Loaded, Runner, int]:
-    """The model on this device, or on this and the other machines, and the bytes that everything here may take.
+) -> tuple[Loaded, Runner, int, Runner | None]:
+    """The model on this device, or on this and the others; the bytes that all here may take; the draft model.
 
     Args:
         closing: asked between layers.
@@ -53,7 +54,12 @@ def load(
         Gemma3Error: it cannot be loaded; ClosedError when it is closing.
     """
     opened, runner = load_runner(source, options, closing, lost)
-    return Loaded(opened.checkpoint, options, runner, opened.adapters), runner, this_machine().budget
+    loaded, draft = Loaded(opened.checkpoint, options, runner, opened.adapters), None
+    if options.draft is not None and opened.checkpoint.config.embedder is None:
+        weights = loaded.about["weights_bytes"]
+        draft = load_draft(options.draft, loaded, lambda: _check_open(closing), target_bytes=weights)
+        loaded.holds_too(draft)
+    return loaded, runner, this_machine().budget, draft
 
 
 def load_runner(

@@ -67,12 +67,24 @@ def template_values(loaded: Loaded, options: Options) -> dict[str, Any]:
     return {"tools": named or None, "template_args": options.template_args}
 
 
-def own_turn(loaded: Loaded, said: Any, images: Sequence[Picture], options: Options) -> list[dict[str, Any]]:
-    """The messages of one turn: words, content items, or what tools found; pictures stand before words.
+def own_turn(loaded: Loaded, said: Any, images: Sequence[Picture | None], options: Options) -> list[dict[str, Any]]:
+    """The messages of one turn: words, content items, or what tools found; pictures stand before words. Those of
+    TranslateGemma hold their languages.
+
+    Args:
+        images: None for one whose place is filled later.
 
     Raises:
         PromptError: whole messages of other roles.
+        OptionError: languages that the template does not know.
     """
+    turn = _turn(loaded, said, images)
+    if loaded.translates and loaded.template is not None:
+        turn = [_translated(loaded.template, message, options) for message in turn]
+    return turn
+
+
+def _turn(loaded: Loaded, said: Any, images: Sequence[Picture | None]) -> list[dict[str, Any]]:
     if not isinstance(said, str):
         if said and all(isinstance(one, dict) and one.get("role") in tools.RESULTS for one in said):
             return list(said)
@@ -80,7 +92,7 @@ def own_turn(loaded: Loaded, said: Any, images: Sequence[Picture], options: Opti
             raise PromptError("turn", got="messages", want="words or content items", do="it knows the turns before")
     places = iter(images)
     if isinstance(said, str):
-        content: Any = [{"type": "image", "image": source} for source in images]
+        content: Any = [{"type": "image", **({"image": one} if one is not None else {})} for one in images]
         content = [*content, {"type": "text", "text": said}] if said or not images else content
         if not images and not loaded.translates:
             content = said  # many templates know texts alone

@@ -82,7 +82,7 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
                 raise OptionError("tools", got="a text to complete", want="messages", do="completion has no turns")
             return prompt
         if loaded.template is not None:
-            return own_messages(loaded, own_turn(loaded, prompt, images, options), options)
+            return own_messages(loaded, own_turn(loaded, prompt, [None] * len(images), options), options)
         pictures = [{"type": "image"} for _ in images]
         messages: list[dict[str, Any]] = [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
     else:

@@ -66,9 +66,17 @@ class Call:
 class Scheduler:
     """Everything that is in work. Only for the engine's thread, but for `loaded`."""
 
-    def __init__(self, loaded: Loaded, runner: Runner, budget: int, send: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        runner: Runner,
+        budget: int,
+        send: Callable[[Callable[[], None]], None],
+        draft: Runner | None = None,
+    ) -> None:
         """
         Args:
+            draft: the model that guesses what this one will write.
             budget: bytes that weights, caches and work may take together.
             send: runs something in the engine's thread, soon; called from others.
         """
@@ -88,7 +96,7 @@ class Scheduler:
         self._line: list[Job | Call] = []  # in the order in which they came
         self._readers: deque[Job] = deque()  # the next one to read a chunk stands first
         self._batch = Batch(runner)
-        self._speculation = Speculation(loaded)
+        self._speculation = Speculation(loaded, draft)
         self._embeddings = EmbedQueue(runner)
         self._writers: dict[Row, Job] = {}
         self.device_errors = 0  # in a row
@@ -462,7 +470,7 @@ class Scheduler:
         sampling = request.options.sampling(self.loaded.checkpoint.generation)
         left = min(request.options.max_tokens, self.loaded.max_context - len(tokens))
         chooser = Chooser(sampling, tokens.ids, held)
-        row = Row(timeline.caches, chooser, left, self._speculation.proposers(tokens))
+        row = Row(timeline.caches, chooser, left, self._speculation.proposers(tokens, chooser))
         job.writes(row, answer, functions=bool(called) and (request.form is None or bool(request.form.tools)))
         if left < 1:
             self._end(job, "length")
@@ -545,6 +553,7 @@ class Scheduler:
         if job.row is not None and job.row in self._writers:
             del self._writers[job.row]
             self._batch.leave(job.row)
+            self._speculation.ended(job.row.proposers, job.answer.tokens if job.answer is not None else ())
 
 
 def finish(call: Call, scheduler: Scheduler) -> None:

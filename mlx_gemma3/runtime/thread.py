@@ -151,8 +151,8 @@ class EngineThread(threading.Thread):
         try:
             resolved = resolve(self._source, text_only=self._options.text_only, quiet=self._options.quiet)
             self._fetching = False
-            loaded, runner, budget = load(resolved, self._options, lambda: self._closing, self._abandon)
-            scheduler = Scheduler(loaded, runner, budget, self._queue.put)
+            loaded, runner, budget, draft = load(resolved, self._options, lambda: self._closing, self._abandon)
+            scheduler = Scheduler(loaded, runner, budget, self._queue.put, draft)
             wire(id(self), wired_bytes(loaded, runner))
         except Exception as error:  # raised again in the thread that asked for the engine
             failed = known(error)
@@ -171,7 +171,7 @@ class EngineThread(threading.Thread):
         finally:
             unwire(id(self))
         self._scheduler = None
-        del scheduler, runner
+        del scheduler, runner, draft
         leave_thread()
         if self._error is not None:
             self._refuse_rest(known(self._error))

@@ -101,6 +101,8 @@ class _Answer:
             {"type": "tool_use", "id": one["id"], "name": one["name"], "input": one["arguments"]} for one in calls
         ]
         content = content or [{"type": "text", "text": done["text"]}]
+        if "thinking" in done:
+            content.insert(0, {"type": "thinking", "thinking": done["thinking"], "signature": ""})
         return {**self._head, "content": content, **_ending(done), "usage": _usage(done["usage"])}
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -112,30 +114,44 @@ class _Answer:
         start = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": nothing}
         try:
             yield event("message_start", message=start)
-            open_block = -1  # the index of the block that is being written
+            block: dict[str, Any]
+            open_block, thoughts = -1, 0  # the index of the block that is being written; of blocks that think
             async for found in self._running.events():
                 if found is None or found[1]["kind"] == "pending":
                     yield event("ping")
+                elif found[1]["kind"] == "thinking":
+                    if not thoughts:
+                        thoughts, open_block = 1, 0
+                        block = {"type": "thinking", "thinking": "", "signature": ""}
+                        yield event("content_block_start", index=0, content_block=block)
+                    delta = {"type": "thinking_delta", "thinking": found[1]["text"]}
+                    yield event("content_block_delta", index=0, delta=delta)
                 elif found[1]["kind"] == "text":
-                    if open_block < 0:
-                        open_block = 0
-                        yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-                    yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": found[1]["text"]})
+                    if open_block < thoughts:
+                        if thoughts:
+                            yield event("content_block_stop", index=0)
+                        open_block = thoughts
+                        block = {"type": "text", "text": ""}
+                        yield event("content_block_start", index=open_block, content_block=block)
+                    delta = {"type": "text_delta", "text": found[1]["text"]}
+                    yield event("content_block_delta", index=open_block, delta=delta)
                 elif found[1]["kind"] == "tool_call":
                     call = found[1]
                     if not call["arguments"]:
                         if open_block >= 0:
                             yield event("content_block_stop", index=open_block)
-                        open_block = call["index"]
+                        open_block = call["index"] + thoughts
                         block = {"type": "tool_use", "id": call["call_id"], "name": call["name"], "input": {}}
                         yield event("content_block_start", index=open_block, content_block=block)
                     else:
                         delta = {"type": "input_json_delta", "partial_json": call["arguments"]}
                         yield event("content_block_delta", index=open_block, delta=delta)
             done = self._running.done[0]
-            if open_block < 0:
-                open_block = 0
-                yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+            if open_block < thoughts:
+                if thoughts:
+                    yield event("content_block_stop", index=0)
+                open_block = thoughts
+                yield event("content_block_start", index=open_block, content_block={"type": "text", "text": ""})
             yield event("content_block_stop", index=open_block)
             yield event("message_delta", delta=_ending(done), usage=_usage(done["usage"]))
             yield event("message_stop")

@@ -57,7 +57,7 @@ class Service:
             with self.models.using(model):
                 engine = await self.models.engine(model)
                 for ask in asks:
-                    prompt, options = await self._prepared(ask, running)
+                    prompt, options = await self._prepared(ask, running, "own_template" in engine.about)
                     running.streams += await asyncio.to_thread(engine.streams, prompt, n=ask.n, **options)
                 running.enter(self.models)
             await running.settle()
@@ -73,10 +73,12 @@ class Service:
         model = self.models.find(ask.model)
         with self.models.using(model):
             engine = await self.models.engine(model)
-            prompt, options = await self._prepared(ask, Running(model, self.metrics, self.lost))
+            own = "own_template" in engine.about
+            prompt, options = await self._prepared(ask, Running(model, self.metrics, self.lost), own)
             return await asyncio.to_thread(engine.count_tokens, prompt, **options)
 
-    async def _prepared(self, ask: Ask, running: Running) -> tuple[Any, dict[str, Any]]:
+    async def _prepared(self, ask: Ask, running: Running, own: bool) -> tuple[Any, dict[str, Any]]:
+        """A prompt and the options of its answer; turns are only merged where they are written as Gemma 3's."""
         options = {name: value for name, value in ask.options.items() if value is not None}
         options.setdefault("max_tokens", self.settings.max_tokens)
         if running.model.adapter is not None:
@@ -84,8 +86,10 @@ class Service:
         if not ask.chat:
             self._log(ask.prompt)
             return ask.prompt, {"raw": True, **options} if isinstance(ask.prompt, str) else options
-        said = await asyncio.to_thread(fetched, tools.plain(ask.prompt), self.settings, lambda: not running.closed)
-        said = merged(said)
+        said = ask.prompt if own else tools.plain(ask.prompt)
+        said = await asyncio.to_thread(fetched, said, self.settings, lambda: not running.closed, own=own)
+        if not own:
+            said = merged(said)
         self._log(said)
         if goes_on(said):
             options["continue_final_message"] = True

@@ -21,7 +21,7 @@ from .http import JSON, Body, answered, body, line, until_gone
 from .models import Model
 
 VERSION = "0.12.0"  # of Ollama's API: clients ask whether it knows what they need
-_HARMLESS = frozenset({"keep_alive", "think", "truncate", "shift"})
+_HARMLESS = frozenset({"keep_alive", "truncate", "shift"})
 # Options that say how to compute, not what.
 _ELSEWHERE = frozenset(
     {
@@ -68,6 +68,7 @@ class Options(Body):
 
 class Asked(Body):
     model: str | None = None
+    think: bool | str | None = None  # false: what a model thinks is left out
     stream: bool | None = None
     format: Any = None
     options: Options | None = None
@@ -140,24 +141,28 @@ async def _answer(
     service: Service = request.app.state.service
     ask = Ask(model=asked.model, prompt=prompt, options=options, chat=chat)
     running = await until_gone(request, service.begin(ask))
-    pieces = _lines(running, key) if asked.stream is not False else None
-    return await answered(request, running.close, lambda: _whole(running, key), pieces, "application/x-ndjson")
+    thinks = asked.think is not False
+    pieces = _lines(running, key, thinks=thinks) if asked.stream is not False else None
+
+    async def whole() -> dict[str, Any]:
+        (done,) = await running.replies()
+        said = _said(key, done["text"], done.get("tool_calls"), done.get("thinking", "") if thinks else "")
+        return {**_head(running.model), **said, **_ending(done)}
+
+    return await answered(request, running.close, whole, pieces, "application/x-ndjson")
 
 
-async def _whole(running: Running, key: str) -> dict[str, Any]:
-    (done,) = await running.replies()
-    return {**_head(running.model), key: _said(key, done["text"], done.get("tool_calls")), **_ending(done)}
-
-
-async def _lines(running: Running, key: str) -> AsyncIterator[bytes]:
+async def _lines(running: Running, key: str, *, thinks: bool) -> AsyncIterator[bytes]:
     try:
         async for found in running.events():
             if found is not None and found[1]["kind"] == "text":
-                yield line({**_head(running.model), key: _said(key, found[1]["text"]), "done": False})
+                yield line({**_head(running.model), **_said(key, found[1]["text"]), "done": False})
+            elif found is not None and found[1]["kind"] == "thinking" and thinks:
+                yield line({**_head(running.model), **_said(key, "", thinking=found[1]["text"]), "done": False})
         done = running.done[0]
         if calls := done.get("tool_calls"):
-            yield line({**_head(running.model), key: _said(key, "", calls), "done": False})
-        yield line({**_head(running.model), key: _said(key, ""), **_ending(done)})
+            yield line({**_head(running.model), **_said(key, "", calls), "done": False})
+        yield line({**_head(running.model), **_said(key, ""), **_ending(done)})
     except Gemma3Error as error:
         yield line(failure(error))
 
@@ -174,11 +179,12 @@ def _head(model: Model) -> dict[str, Any]:
     return {"model": model.name, "created_at": _now()}
 
 
-def _said(key: str, text: str, calls: Sequence[ToolCall] | None = None) -> Any:
+def _said(key: str, text: str, calls: Sequence[ToolCall] | None = None, thinking: str = "") -> dict[str, Any]:
+    thought = {"thinking": thinking} if thinking else {}
     if key != "message":
-        return text
+        return {key: text, **thought}
     called = [{"function": {"name": one["name"], "arguments": one["arguments"]}} for one in calls or ()]
-    return {"role": "assistant", "content": text, **({"tool_calls": called} if called else {})}
+    return {key: {"role": "assistant", "content": text, **thought, **({"tool_calls": called} if called else {})}}
 
 
 def _ending(done: DoneEvent) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class ChatRequest(Sampled):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # as vLLM and llama.cpp have it
 
     def ask(self) -> Ask:
         if self.functions:
@@ -96,6 +97,7 @@ class ChatRequest(Sampled):
         options = self.options | answer_form(self.response_format)
         options |= tool_options(self.tools, self.tool_choice, self.parallel_tool_calls)
         options["max_tokens"] = self.max_completion_tokens or options["max_tokens"] or None
+        options["template_args"] = self.chat_template_kwargs or None
         if self.logprobs:
             options["logprobs"] = self.top_logprobs or 0
         return Ask(model=self.model, prompt=self.messages, options=options, n=self.n or 1)
@@ -147,6 +149,8 @@ class _Answer:
                 index, event = found
                 if event["kind"] == "text":
                     yield self._chunk(index, {"content": event["text"]}, logprobs=event.get("logprobs"))
+                elif event["kind"] == "thinking":
+                    yield self._chunk(index, {"reasoning_content": event["text"]})
                 elif event["kind"] == "tool_call":
                     yield self._chunk(index, {"tool_calls": [_call_delta(event)]})
                 elif event["kind"] == "done":
@@ -191,8 +195,10 @@ class _Answer:
 
 def _message(done: DoneEvent) -> dict[str, Any]:
     calls = done.get("tool_calls")
-    called = {"tool_calls": openai_calls(calls)} if calls else {}
-    return {"role": "assistant", "content": None if calls else done["text"], "refusal": None, **called}
+    more: dict[str, Any] = {"tool_calls": openai_calls(calls)} if calls else {}
+    if "thinking" in done:  # as DeepSeek, vLLM and llama.cpp call it
+        more["reasoning_content"] = done["thinking"]
+    return {"role": "assistant", "content": (done["text"] or None) if calls else done["text"], "refusal": None, **more}
 
 
 def _call_delta(event: ToolCallEvent) -> dict[str, Any]:

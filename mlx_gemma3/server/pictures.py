@@ -16,16 +16,17 @@ from .settings import Settings
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-def fetched(said: Any, settings: Settings, wanted: Callable[[], bool]) -> Any:
+def fetched(said: Any, settings: Settings, wanted: Callable[[], bool], *, own: bool = False) -> Any:
     """Messages in the template's own form, every picture as bytes. Waits for the network: for a thread.
 
     Args:
+        own: for a template of the checkpoint's own.
         wanted: asked while something is fetched; False ends it.
 
     Raises:
         PromptError, ImageError, RequestError: what is wrong with them.
     """
-    made = messages.read(said)
+    made = messages.kept(said) if own else messages.read(said)
     pictures = [
         item
         for message in made

@@ -47,7 +47,9 @@ def merged(said: list[Any]) -> list[Any]:
 
 def goes_on(said: list[Any]) -> bool:
     """Whether the last message is the assistant's, so that the answer continues it."""
-    return bool(said) and isinstance(said[-1], dict) and said[-1].get("role") in ("assistant", "model")
+    if not said or not isinstance(said[-1], dict) or said[-1].get("tool_calls"):
+        return False
+    return said[-1].get("role") in ("assistant", "model")
 
 
 def _joined(messages: list[dict[str, Any]]) -> Any:

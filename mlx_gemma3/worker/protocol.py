@@ -41,6 +41,8 @@ REQUESTS: Mapping[str, Mapping[str, Field]] = {
         "max_context": Field("int"),
         "parallel": Field("int"),
         "adapters": Field("object"),
+        "draft": Field("text"),
+        "speculation": Field("bool"),
         "force": Field("bool"),
     },
     "unload": {},

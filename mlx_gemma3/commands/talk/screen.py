@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ...visible import one_line, visible
 from ..streams import OutputLost
-from ..terminal import Pace, answer, fitted, own, tell, width
+from ..terminal import Pace, answer, fitted, own, tell, thought, width
 
 if TYPE_CHECKING:
     from ...runtime.events import DoneEvent, ErrorEvent, PendingEvent
@@ -118,6 +118,7 @@ class Terminal:
 
         writer, pace = Writer(self._console, self._live), Pace()
         words, speaking, drawn, beat = "thinking", False, 0.0, 0
+        thinking = False  # what the model thinks is being shown
         with _hushed(), stopping(stream.cancel):
             try:
                 while True:
@@ -125,20 +126,29 @@ class Terminal:
                     self._typed.read()
                     if event["kind"] == "pending":
                         words = _reading(event, pace) if "stage" in event else words
-                    elif event["kind"] == "text":
-                        if not speaking:
+                    elif event["kind"] == "thinking":
+                        if not thinking:
                             self._live.clear()
-                        speaking = True
+                        thinking = True
+                        own(f"\x1b[2m{visible(event['text'])}\x1b[0m")
+                    elif event["kind"] == "text":
+                        if not speaking and not thinking:
+                            self._live.clear()
+                        if thinking:
+                            own("\n\n")
+                        speaking, thinking = True, False
                         writer.push(event["text"])
                     elif event["kind"] in ("done", "error"):
-                        if not speaking:
+                        if thinking:
+                            own("\n")
+                        elif not speaking:
                             self._live.clear()
                         return event
                     now = time.monotonic()
                     if now - drawn >= _BEAT:
                         if speaking:
                             writer.show()
-                        else:
+                        elif not thinking:
                             beat += 1
                             self._spin(beat, words)
                         drawn = now
@@ -211,9 +221,16 @@ class Plain:
 
     def follow(self, stream: Stream) -> DoneEvent | ErrorEvent:
         failure: Exception | None = None
+        thinking = False
         with stopping(stream.cancel):
             while True:
                 event = stream.next()
+                if event["kind"] == "thinking" and not self._quiet:
+                    thought(event["text"])
+                    thinking = True
+                elif thinking:
+                    thought(None)
+                    thinking = False
                 try:
                     if failure is None and event["kind"] in ("text", "done"):
                         answer(event["text"] if event["kind"] == "text" else "\n")

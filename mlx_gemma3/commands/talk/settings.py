@@ -13,7 +13,8 @@ from ...runtime.options import SETTINGS, Options, OptionValues, default_of
 from ..answers import typed
 
 # The other options belong to the whole conversation, or show nothing in a chat.
-NAMES = [name for name, setting in SETTINGS.items() if setting.talk]
+# Values for a chat template belong to the command line.
+NAMES = [name for name, setting in SETTINGS.items() if setting.talk and setting.kind != "values"]
 
 
 class Settings:
@@ -32,7 +33,7 @@ class Settings:
     @property
     def values(self) -> OptionValues:
         """As the keyword arguments of `Session.send`."""
-        return cast(OptionValues, {name: value for name, value in asdict(self._options).items() if name in NAMES})
+        return cast(OptionValues, {name: value for name, value in asdict(self._options).items() if SETTINGS[name].talk})
 
     def show(self, name: str) -> str:
         """The value in words."""
@@ -41,6 +42,8 @@ class Settings:
             return "on" if value else "off"
         if value is None and setting.saved:
             return "the checkpoint's own"
+        if value is None and setting.kind == "text":
+            return "none"
         if value is None:
             return "a new one each time" if setting.usual is None else f"{setting.usual:g}"
         if setting.kind == "biases":
@@ -57,6 +60,7 @@ class Settings:
             OptionError: there is none.
         """
         name = word.lower().replace("-", "_")
+        name = next((one for one in NAMES if SETTINGS[one].word == name), name)
         if name in NAMES:
             return name
         close = difflib.get_close_matches(name, NAMES, n=1)

@@ -109,7 +109,8 @@ class ChatState:
         """Take what was typed: attach its pictures, ask its words."""
         for path in said.pictures:
             self.attach(path)
-        if not said.text:
+        alone = not said.text and bool(said.pictures) and self.ready() and "translates" in self.engine.about
+        if not said.text and not alone:
             return
         if not self.ready():
             self.prefill = said.text

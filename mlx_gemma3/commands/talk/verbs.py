@@ -122,6 +122,10 @@ def _stats(talk: ChatState, _: str) -> None:
             ),
             ("pictures", f"{usage['images']}, {usage['images_encoded']} of them looked at anew"),
             ("answer", f"{_count(written, 'token')}{_speed(written - 1, rest_seconds)}"),
+            (
+                "guessed",
+                f"{usage['accepted_tokens']:,} of {usage['drafted_tokens']:,} right, in {usage['passes']:,} passes",
+            ),
             ("first word", f"after {usage['prepare_seconds'] + usage['first_token_seconds']:.2f} s"),
             ("memory", f"{usage['peak_memory_bytes'] / 2**30:.2f} GiB at most"),
         ]

@@ -29,7 +29,7 @@ STEPS, PASSES = 8, 4  # measurements of one size that count: their median
 OLD = 400  # steps and passes after which the measurements of a size count no more
 
 
-class Pace:
+class Depth:
     """What was measured so far, of one model on one machine."""
 
     def __init__(self, *, compiles: bool = False) -> None:
