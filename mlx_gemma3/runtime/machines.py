@@ -314,5 +314,5 @@ def plain_options(options: EngineOptions) -> dict[str, Any]:
     """EngineOptions as JSON has them."""
     values = asdict(options)
     values["adapters"] = {name: str(path) for name, path in values["adapters"].items()}
-    values["prompt_cache"] = None  # the first machine's alone
+    values["prompt_cache"] = values["draft"] = None  # the first machine's alone
     return values
