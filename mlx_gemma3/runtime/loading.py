@@ -57,7 +57,12 @@ def load(
     loaded, draft = Loaded(opened.checkpoint, options, runner, opened.adapters), None
     if options.draft is not None and opened.checkpoint.config.embedder is None:
         weights = loaded.about["weights_bytes"]
-        draft = load_draft(options.draft, loaded, lambda: _check_open(closing), target_bytes=weights)
+
+        def between() -> None:
+            _check_open(closing)
+            runner.beat()  # other machines, which have no draft model, wait meanwhile
+
+        draft = load_draft(options.draft, loaded, between, target_bytes=weights)
         loaded.holds_too(draft)
     return loaded, runner, this_machine().budget, draft
 

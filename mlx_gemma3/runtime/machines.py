@@ -256,6 +256,9 @@ def join() -> Machines | None:
         OptionError: they cannot be found.
     """
     global _joined
+    hosts = os.environ.get("MLX_HOSTFILE")
+    if hosts and Path(hosts).is_file() and not Path(hosts).read_text(encoding="utf-8").strip():
+        return None  # as `mlx.launch -n 1` writes it
     before = _sockets()
     try:
         group = mx.distributed.init(strict=True)
@@ -311,5 +314,5 @@ def plain_options(options: EngineOptions) -> dict[str, Any]:
     """EngineOptions as JSON has them."""
     values = asdict(options)
     values["adapters"] = {name: str(path) for name, path in values["adapters"].items()}
-    values["prompt_cache"] = None  # the first machine's alone
+    values["prompt_cache"] = values["draft"] = None  # the first machine's alone
     return values
