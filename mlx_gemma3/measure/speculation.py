@@ -1,7 +1,8 @@
 """What guessing brings: the same answers with and without it, by kind of text.
 
-Six texts whose answer repeats what it was given, completed greedily; six whose answer does not, drawn with a seed, since
-a small model that is greedy soon repeats itself. All are completed as they are, so that a base model can write them.
+Six texts whose answer repeats what it was given, completed greedily; six whose answer does not, drawn with a seed,
+since a small model that is greedy soon repeats itself. All are completed as they are, so that a base model can write
+them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from statistics import median
 
 from ..errors import OptionError
 from ..runtime.engine import Engine, load
-from ..runtime.options import OptionValues
 
 SEED = 7
 
@@ -129,8 +129,9 @@ def _one(plain: Engine, guessing: Engine, kind: str, text: str, repeats: bool, t
         replies = {}
         for guesses in (False, True) if number % 2 else (True, False):
             engine = guessing if guesses else plain
-            how: OptionValues = {"temperature": 0.0} if repeats else {"temperature": 1.0, "seed": SEED}
-            replies[guesses] = engine.generate(text, raw=True, max_tokens=tokens, **how)
+            replies[guesses] = engine.generate(
+                text, raw=True, max_tokens=tokens, temperature=0.0 if repeats else 1.0, seed=SEED
+            )
             if number:
                 seconds[guesses].append(replies[guesses].usage["answer_seconds"])
     usage = replies[True].usage
