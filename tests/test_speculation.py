@@ -286,7 +286,6 @@ def test_another_acceptance_would_be_another_distribution(monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch:
         patch.setattr(choice_module, "sample", greedy)
-        patch.setattr(Fixed, "depths", lambda self, odds, rows, prices=(): [2 if chances else 0 for chances in odds])
         found = pairs(runner, guess, 200)
     assert p_value(found, exact) < 1e-6
 
