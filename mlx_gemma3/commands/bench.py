@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,12 @@ def bench(
     text_only: Annotated[bool, typer.Option("--text-only", help="Leave the vision tower out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Try a model that does not fit into memory.")] = False,
+    speculation: Annotated[
+        bool, typer.Option("--speculation", help="Instead: what guessing brings, by kind of text.")
+    ] = False,
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="With it: the model that guesses.", show_default=False)
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the figures into this .png or .svg.", show_default=False)
     ] = None,
@@ -46,6 +53,13 @@ def bench(
 ) -> None:
     """Measure prompts, decoding, pictures, sampling and memory, and the share of the machine's memory bandwidth."""
     sizes, depths = parse_sizes("--prompt-tokens", prompt_tokens), parse_sizes("--context", context)
+    if draft is not None and not speculation:
+        raise OptionError("--draft", got="no --speculation", want="both")
+    if speculation:
+        if plot is not None:
+            raise OptionError("--plot", got="--speculation as well", want="one or the other")
+        _speculation(model, draft, dtype, tokens, repeat, force=force, as_json=as_json, quiet=quiet)
+        return
     if plot is not None:
         from ..measure.plot import check_plot
 
@@ -77,6 +91,29 @@ def bench(
         emit(found.to_dict())
     else:
         say("\n".join(report(found)))
+
+
+def _speculation(
+    model: str, draft: str | None, dtype: str, tokens: int, repeat: int, *, force: bool, as_json: bool, quiet: bool
+) -> None:
+    from ..measure.speculation import measure
+
+    status = Status(not quiet and not as_json)
+    found = measure(model, draft=draft, dtype=dtype, tokens=tokens, repeat=repeat, force=force, progress=status.show)
+    status.clear()
+    if as_json:
+        emit({"model": model, "draft": draft, "texts": [{**asdict(one), "gain": one.gain} for one in found]})
+        return
+    rows = [["text", "repeats", "guessed right", "passes", "tokens/s", "without", "gain", "same tokens"]]
+    for one in found:
+        rows.append(
+            [
+                one.kind, "yes" if one.repeats else "no", f"{one.accepted} of {one.drafted}",
+                f"{one.passes} for {one.tokens}", _number(one.tokens / one.seconds),
+                _number(one.tokens / one.plain_seconds), f"{one.gain:.2f}", "yes" if one.same else "NO",
+            ]
+        )  # fmt: skip
+    say("\n".join(table(rows, "<<>>>>>>")))
 
 
 def parse_sizes(name: str, text: str | None) -> tuple[int, ...] | None:

@@ -250,6 +250,8 @@ class ChatTemplate:
 
     def _renders_alike(self, text: str) -> bool:
         """Whether a text that is not known writes what `render_chat` writes, errors included."""
+        if "start_of_turn" not in text or "end_of_turn" not in text:
+            return False
         try:
             program = _program(text)
             asked = program.variables - (program.assigned - set(_GIVEN))
@@ -322,6 +324,10 @@ def _tag(message: dict[str, Any], name: str, text: str) -> None:
     if isinstance(said, str):
         message |= dict.fromkeys(names, said + _TAG)
         return
+    if not isinstance(said, list | tuple):
+        raise TemplateError(
+            f"unsupported operand type(s) for +: '{type(said).__name__}' and 'str'", want="a final text"
+        )
     given = elements(said) or []
     block = next((one for one in reversed(given) if isinstance(one, dict) and isinstance(one.get("text"), str)), None)
     if block is None:

@@ -34,7 +34,9 @@ from jinja2.ext import Extension
 from ..errors import TemplateError
 
 MOST = 16 << 20  # of one value: characters and elements
-SECONDS = 1.4  # of one rendering, compiling included
+_ELEMENT = 16  # what an element of a list weighs, in characters
+SECONDS = 1.0  # of one rendering
+_COMPILING = 5.0  # seconds: a template is no longer than template_files.py lets it be, and is compiled once
 _SPENT = 20 * MOST  # of all values that one rendering makes
 _INTEGER_BITS = 100_000
 _NUMBER = re.compile(r"\d+")
@@ -58,8 +60,8 @@ class Program:
 
     def __init__(self, text: str) -> None:
         environment = _environment()
-        self._template: jinja2.Template = _bounded(lambda: environment.from_string(text))
-        tree = environment.parse(text)
+        self._template: jinja2.Template
+        self._template, tree = _bounded(lambda: (environment.from_string(text), environment.parse(text)), _COMPILING)
         literals = {node.data for node in tree.find_all(nodes.TemplateData)}
         literals |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         self.literals = "\0".join(sorted(literals))  # all that it writes by itself
@@ -107,7 +109,7 @@ def compiled(text: str) -> Program:
     return Program(text)
 
 
-def _bounded(work: Callable[[], T]) -> T:
+def _bounded(work: Callable[[], T], seconds: float = SECONDS) -> T:
     """Do it in a thread of its own, which is interrupted when it takes too long. Raises TemplateError."""
     found: list[T] = []
     wrong: list[BaseException] = []
@@ -120,7 +122,7 @@ def _bounded(work: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, name="chat template", daemon=True)
     thread.start()
-    thread.join(SECONDS)
+    thread.join(seconds)
     if thread.is_alive() and thread.ident is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_TooLong))
         thread.join(0.2)
@@ -128,7 +130,7 @@ def _bounded(work: Callable[[], T]) -> T:
         return found[0]
     error = wrong[0] if wrong else _TooLong()
     if isinstance(error, _TooLong):
-        raise TemplateError("chat template", got=f"no end after {SECONDS} seconds", want="one that ends") from None
+        raise TemplateError("chat template", got=f"no end after {seconds} seconds", want="one that ends") from None
     if isinstance(error, _TooMuchError | MemoryError):
         raise TemplateError(
             "chat template", got=str(error) or "no memory", want=f"at most {MOST:,} characters"
@@ -158,7 +160,7 @@ def _weight(value: Any) -> int:
     total, waiting = 0, [value]
     while waiting:
         one = waiting.pop()
-        total += 1 + (len(one) if isinstance(one, str | bytes | range) else 0)
+        total += _ELEMENT + (len(one) if isinstance(one, str | bytes | range) else 0)
         if isinstance(one, int) and not isinstance(one, bool):
             total += one.bit_length() // 8
         if isinstance(one, _Namespace):
@@ -167,7 +169,7 @@ def _weight(value: Any) -> int:
             waiting += [*one.keys(), *one.values()]
         elif isinstance(one, list | tuple | set | frozenset):
             waiting += one
-        if total + len(waiting) > MOST:
+        if total + _ELEMENT * len(waiting) > MOST:
             raise _TooMuchError(f"a value of more than {MOST:,} characters or elements")
     return total
 

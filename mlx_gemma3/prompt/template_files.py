@@ -24,7 +24,7 @@ JINJA, JSON, SETTINGS, ADDITIONAL = (
     "chat_template.jinja", "chat_template.json", "tokenizer_config.json", "additional_chat_templates",
 )  # fmt: skip
 _OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-_LARGEST = 1 << 20  # bytes of one template: the longest known has 17 thousand
+_LARGEST = 256 << 10  # bytes of one template: the longest known has 17 thousand
 DEFAULT, TOOL_USE = "default", "tool_use"
 _TOKENS = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")}
 
@@ -125,7 +125,7 @@ def _read(path: Path) -> str:
         with open_regular(path) as file:
             raw = file.read(_LARGEST + 1)
         if len(raw) > _LARGEST:
-            raise ConfigError(f"{path}", got=f"more than {_LARGEST >> 20} MB", want="a chat template")
+            raise ConfigError(f"{path}", got=f"more than {_LARGEST >> 10} kB", want="a chat template")
         return raw.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}", got="bytes that are not UTF-8", want="a chat template") from None

@@ -1,9 +1,9 @@
 """What people typed, as opposed to what a template wrote: marked before rendering, told apart afterwards.
 
-    "end it <end_of_turn>"  →  "end it <☐end_of_turn>"  →  template  →  … <☐end_of_turn><end_of_turn>  →  text, control
+    "end <end_of_turn>"  →  "end ⟦<end_of_turn>⟧"  →  template  →  … ⟦<end_of_turn>⟧<end_of_turn>  →  text, control
 
-A mark is a character that neither the texts nor the template hold. It stands inside each control token that somebody
-typed, so that those without one are the template's own. Two ways of marking are tried, for a template may look at what
+Marks are characters that neither the texts nor the template hold. They stand around each control token that somebody
+typed, so that those without any are the template's own. Two ways of marking are tried, for a template may look at what
 it is given:
 
     closely   whole control tokens, and the parts of one at a text's edges, which could meet their other halves
@@ -22,7 +22,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: Unicode keeps them for such uses
+_MARKS = [chr(code) for code in range(0x1D306, 0x1D357)]  # symbols that nobody types, and `repr` leaves as they are
 _NAMES = ("role", "type")  # keys whose values the program chose: parts of control tokens in some templates
 
 
@@ -37,11 +37,15 @@ class Marker:
     def __init__(self, controls: Collection[str], held: Iterable[Any]) -> None:
         self.controls = sorted({name for name in controls if name}, key=len, reverse=True)
         seen = set().union(*(set(text) for one in held for text in texts(one)))
-        self.mark = next((mark for mark in _MARKS if mark not in seen), "")
-        """A character for it; without one, nothing is marked, and nothing of a text that holds them all is control."""
-        named = [re.escape(name) for name in self.controls]
-        self._whole = re.compile("|".join(named) or "(?!)")
-        self._found = re.compile("|".join((*named, *(self._inner(name) for name in self.controls))) or "(?!)")
+        free = [mark for mark in _MARKS if mark not in seen]
+        # Before and behind a whole token, and inside of parts. Without free ones nothing is marked.
+        self._open, self._close, self.mark = free[:3] if len(free) > 2 else ("", "", "")
+        whole = "|".join(map(re.escape, self.controls)) or "(?!)"
+        self._whole = re.compile(whole)
+        tries = [*map(self._inner, self.controls)]
+        if self.mark:
+            tries = [f"{self._open}(?:{whole}){self._close}?", f"(?:{whole}){self._close}", *tries]
+        self._found = re.compile("|".join(tries) or "(?!)")
         self._firsts = frozenset(name[0] for name in self.controls)
         self._lasts = frozenset(name[-1] for name in self.controls)
         self._longest = max(map(len, self.controls), default=0)
@@ -66,11 +70,13 @@ class Marker:
 
     def plain(self, text: str) -> str:
         """A text without its marks."""
-        return text.replace(self.mark, "") if self.mark else text
+        for mark in filter(None, (self._open, self._close, self.mark)):
+            text = text.replace(mark, "")
+        return text
 
     def own(self, text: str) -> list[str]:
         """The control tokens that the template wrote, in order."""
-        return self._whole.findall(text)
+        return [name for name, own, _ in self.split(text) if own]
 
     def split(self, text: str) -> list[tuple[str, bool, bool]]:
         """(text without marks, whether it is a control token of the template's, whether it is one that was typed)."""
@@ -78,19 +84,19 @@ class Marker:
         end = 0
         for match in self._found.finditer(text):
             made.append((self.plain(text[end : match.start()]), False, False))
-            typed = bool(self.mark) and self.mark in match[0]
-            made.append((self.plain(match[0]), not typed, typed))
+            name = self.plain(match[0])
+            made.append((name, name == match[0], name != match[0]))
             end = match.end()
         made.append((self.plain(text[end:]), False, False))
         return [one for one in made if one[0]]
 
     def _inner(self, name: str) -> str:
         """Matches a control token with marks in it."""
-        return f"{self.mark}*".join(map(re.escape, name)) if self.mark else "(?!)"
+        return f"{self.mark}*".join(map(re.escape, name)) if self.mark else re.escape(name)
 
     def _closely(self, text: str, name: bool) -> str:
         mark = self.mark
-        text = self._whole.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+        text = self._whole.sub(lambda match: f"{self._open}{match[0]}{self._close}", text)
         if name:
             return text
         body = text.strip()

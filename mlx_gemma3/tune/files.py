@@ -39,7 +39,7 @@ def safetensors(arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> 
     for name, array in sorted(arrays.items()):
         values = np.ascontiguousarray(np.array(array))
         header[name] = {
-            "dtype": kinds[values.dtype.name], "shape": list(values.shape), "data_offsets": [at, at + values.nbytes]
+            "dtype": kinds[values.dtype.name], "shape": list(array.shape), "data_offsets": [at, at + values.nbytes]
         }  # fmt: skip
         parts.append(values.tobytes())
         at += values.nbytes
