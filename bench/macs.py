@@ -9,6 +9,7 @@ milliseconds. Prints milliseconds a step: measured, and what the model makes of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import json
 import os
@@ -21,7 +22,7 @@ import threading
 import time
 from pathlib import Path
 
-STEPS, RUNS = 24, 3
+STEPS, RUNS = 12, 3
 
 RANK = """
 import json, sys, time
@@ -62,6 +63,13 @@ def port() -> int:
         return found
 
 
+def first_in_line() -> None:
+    """Let this thread run when it wakes up: MLX's ring keeps every core busy while it listens. Linux, as root."""
+    if sys.platform == "linux":
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -20)
+
+
 class Relay:
     """Takes connections for a port, and holds back what goes through them."""
 
@@ -88,6 +96,7 @@ class Relay:
                 threading.Thread(target=self._give, args=(sink, held, arrived), daemon=True).start()
 
     def _take(self, source: socket.socket, held: list[tuple[float, int, bytes]], arrived: threading.Condition) -> None:
+        first_in_line()
         number = 0
         while data := source.recv(1 << 16):
             with arrived:
@@ -97,6 +106,7 @@ class Relay:
 
     @staticmethod
     def _give(sink: socket.socket, held: list[tuple[float, int, bytes]], arrived: threading.Condition) -> None:
+        first_in_line()
         while True:
             with arrived:
                 while not held:
