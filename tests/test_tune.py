@@ -319,7 +319,7 @@ def test_it_ends_where_nothing_gets_better(data: Path, tmp_path: Path) -> None:
 
 
 def test_memory_is_estimated_first_and_what_would_fit_is_named(data: Path, tmp_path: Path) -> None:
-    small = Machine("this machine", 1 << 30, 285 << 20, "a test", metal=False)
+    small = Machine("this machine", 1 << 30, 413 << 20, "a test", metal=False)
     with patch.object(run, "this_machine", lambda: small), pytest.raises(MemoryNeedError, match="--batch-size 1"):
         g3.tune("demo", data, tmp_path / "out", **{**QUICK, "batch_size": 64})
     assert not (tmp_path / "out").exists()
