@@ -239,6 +239,7 @@ def test_a_machine_that_falls_silent_ends_the_answers_with_an_error(
 
     left: list[g3.Gemma3Error] = []
     monkeypatch.setattr(Machines, "leave", staticmethod(left.append))
+    monkeypatch.setattr(Machines, "_beat", lambda machines: None)
     monkeypatch.setattr(module, "LIMIT", 1.0)
     monkeypatch.setattr(module, "GRACE", 0.0)
     machines = Machines(Threads(Meeting(2), 0), 0, 2)
