@@ -70,7 +70,7 @@ def write(folder: Path, noise: float) -> Path:
     random = np.random.default_rng(1)
     for name, values in tensors.items():
         tensors[name] = (values * (1 + noise * random.standard_normal(values.shape))).astype(np.float32)
-    return Path(tiny.write_folder(folder, tiny.text_config(), tensors))
+    return Path(tiny.write_folder(folder, tiny.text_config(), tensors, style="text"))
 
 
 def peer(folder: Path, draft_folder: Path, ids: list[int]) -> tuple[str, list[int], list[int], str | None]:

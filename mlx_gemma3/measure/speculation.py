@@ -1,7 +1,8 @@
 """What guessing brings: the same answers with and without it, by kind of text.
 
-Six texts whose answer repeats what it was given, six whose answer does not; all are completed as they are, greedily, so
-that a base model of any size can write them.
+Six texts whose answer repeats what it was given, completed greedily; six whose answer does not, drawn with a seed,
+since a small model that is greedy soon repeats itself. All are completed as they are, so that a base model can write
+them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from statistics import median
 
 from ..errors import OptionError
 from ..runtime.engine import Engine, load
+
+SEED = 7
 
 LETTER = """Dear Ms Okafor, thank you for your letter of 4 March about the parcel that did not arrive. We have \
 asked the carrier, who says that it was handed to a neighbour at number 17 on the afternoon of 27 February. If it is \
@@ -126,7 +129,9 @@ def _one(plain: Engine, guessing: Engine, kind: str, text: str, repeats: bool, t
         replies = {}
         for guesses in (False, True) if number % 2 else (True, False):
             engine = guessing if guesses else plain
-            replies[guesses] = engine.generate(text, raw=True, temperature=0, max_tokens=tokens)
+            replies[guesses] = engine.generate(
+                text, raw=True, max_tokens=tokens, temperature=0.0 if repeats else 1.0, seed=SEED
+            )
             if number:
                 seconds[guesses].append(replies[guesses].usage["answer_seconds"])
     usage = replies[True].usage

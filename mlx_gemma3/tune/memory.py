@@ -17,6 +17,8 @@ from ..config import Config
 from ..errors import MemoryNeedError
 from .forward import SLICE
 
+LIBRARIES = 128 << 20  # mlx-lm brings transformers
+
 
 @dataclass(frozen=True)
 class Need:
@@ -26,7 +28,7 @@ class Need:
     learning: int
     kept: int
     working: int
-    overhead: int = OVERHEAD
+    overhead: int = OVERHEAD + LIBRARIES
 
     @property
     def total(self) -> int:
