@@ -15,10 +15,15 @@ from machines import together
 from mlx.utils import tree_flatten
 
 from mlx_gemma3.checkpoint.adapter import read_adapter
-from mlx_gemma3.checkpoint.load import load_model
+from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
+from mlx_gemma3.checkpoint.memory import loaded_bytes, planned_bytes, share_of, share_of_entries
 from mlx_gemma3.checkpoint.published import SIZES
 from mlx_gemma3.checkpoint.safetensors import locate
+from mlx_gemma3.checkpoint.source import resolve
+from mlx_gemma3.checkpoint.weights import open_store
+from mlx_gemma3.commands.program import run
 from mlx_gemma3.errors import OptionError
+from mlx_gemma3.measure.fits import fitting
 from mlx_gemma3.model.adapter import own_terms
 from mlx_gemma3.model.context import Chunk
 from mlx_gemma3.model.fused import gpu_kernels
@@ -209,3 +214,48 @@ def test_numbers_of_machines_that_do_not_divide_are_refused(tmp_path: Path) -> N
 )
 def test_published_sizes_divide(name: str, wanted: list[int]) -> None:
     assert fitting_machines(SIZES[name]) == wanted
+
+
+@pytest.mark.parametrize("packing", [PLAIN, FOUR])
+def test_the_arithmetic_of_memory_is_what_the_first_machine_holds(tmp_path: Path, packing: dict | None) -> None:
+    folder = written(tmp_path / "model", packing)
+    checkpoint = open_checkpoint(resolve(folder))
+    for size in (2, 4):
+        held = tree_flatten(load_model(folder, dtype="float32", shard=Shard(0, size)).parameters())
+        entries = share_of_entries(open_store(checkpoint).entries, checkpoint.config, size)
+        assert loaded_bytes(entries, dtype_bytes=4) == sum(array.nbytes for _, array in held)
+        if packing is None:
+            assert planned_bytes(checkpoint.config, 16, dtype_bytes=4, machines=size) == loaded_bytes(
+                entries, dtype_bytes=4
+            )
+        text = share_of(checkpoint.config, size).text
+        caches = load_model(folder, dtype="float32", shard=Shard(0, size)).language_model.layers[0].self_attn
+        assert (text.num_attention_heads, text.num_key_value_heads) == (caches.heads, caches.kv_heads)
+
+
+def test_fit_says_what_several_machines_have_room_for() -> None:
+    def ask(model: str | None, memory: float, machines: int) -> dict:
+        return fitting(
+            model,
+            context=None,
+            kv_bits=16,
+            local_kv_bits=16,
+            bits=16,
+            memory=memory,
+            text_only=False,
+            machines=machines,
+        )
+
+    assert [ask("27b", 48, machines)["fits"] for machines in (1, 2)] == [False, True]
+    assert [row["size"] for row in ask(None, 48, 8)["sizes"]] == ["4B", "12B", "27B"]
+    with pytest.raises(OptionError, match="machines: got 3, want 1 or 2 or 4 or 8"):
+        ask("4b", 48, 3)
+    with pytest.raises(OptionError, match="--machines: got 7, want 1 or 2 or 4 for 270M"):
+        ask(None, 48, 7)
+
+
+def test_a_command_for_one_machine_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setattr("sys.argv", ["mlx-gemma3", "evaluate", "demo", "--text", "x"])
+    assert run() == 1
+    assert "mlx-gemma3: evaluate: got several machines (mlx.launch), want one" in capsys.readouterr().err

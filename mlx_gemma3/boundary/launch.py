@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:

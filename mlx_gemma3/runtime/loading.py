@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..checkpoint.adapter import AdapterFile, read_adapter
 from ..checkpoint.load import Checkpoint, load_model, open_checkpoint
-from ..checkpoint.memory import cache_bytes, this_machine
+from ..checkpoint.memory import cache_bytes, share_of, this_machine
 from ..checkpoint.source import Source, resolve
 from ..errors import ClosedError, DeviceLost, Gemma3Error, OptionError
 from ..generation.batch import decode
@@ -207,7 +207,7 @@ def wired_bytes(loaded: Loaded, runner: Runner) -> int:
     options = loaded.options
     context = min(loaded.max_context, USUAL_CONTEXT)
     caches = cache_bytes(
-        loaded.config,
+        share_of(loaded.config, runner.shard.size),
         context,
         kv_bits=options.kv_bits,
         local_kv_bits=options.local_kv_bits,

@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.memory import cache_bytes, estimate
+from ..checkpoint.memory import cache_bytes, estimate, share_of
 from ..errors import DeviceError, Gemma3Error
 from ..generation.batch import Batch, Row
 from ..generation.choice import Chooser
@@ -99,6 +99,7 @@ class Scheduler:
         self._speculation = Speculation(loaded, draft)
         self._embeddings = EmbedQueue(runner)
         self._writers: dict[Row, Job] = {}
+        self._config = share_of(loaded.config, runner.shard.size)  # what is computed on this machine
         self.device_errors = 0  # in a row
         self.lost: Gemma3Error | None = None  # why nothing can be computed any more
         self._step_seconds = 0.0
@@ -362,7 +363,7 @@ class Scheduler:
 
     def _kv_bytes(self, job: Job, tokens: Tokens) -> int:
         """Of the keys and values that the answer may come to need."""
-        return sum(cache_bytes(self.loaded.config, self._context(job, tokens), **self._bits()))
+        return sum(cache_bytes(self._config, self._context(job, tokens), **self._bits()))
 
     def _context(self, job: Job, tokens: Tokens) -> int:
         return max(1, min(len(tokens) + job.request.options.max_tokens, self.loaded.max_context))
@@ -380,7 +381,7 @@ class Scheduler:
         weights = self.loaded.about["weights_bytes"]
         context, bits = self._context(job, tokens), self._bits()
         alone = estimate(
-            self.loaded.config,
+            self._config,
             weights,
             context=context,
             kv_bits=bits["kv_bits"],
