@@ -174,9 +174,10 @@ def test_a_file_of_another_kind_and_a_path_object(tmp_path: Path) -> None:
 
 
 def test_aliases_lead_to_published_sizes() -> None:
-    wanted = {"demo", "gemma-3-270m", "gemma-3-270m-it", "embeddinggemma-300m"} | {
-        f"gemma-3-{size}b-{kind}" for size in (1, 4, 12, 27) for kind in ("it", "pt")
-    }
+    wanted = {"demo", "gemma-3-270m", "gemma-3-270m-it", "embeddinggemma-300m", "functiongemma-270m-it"}
+    wanted |= {f"gemma-3-{size}b-{kind}" for size in (1, 4, 12, 27) for kind in ("it", "pt")}
+    wanted |= {f"medgemma-{name}" for name in ("4b-it", "4b-pt", "27b-it", "27b-text-it", "1.5-4b-it")}
+    wanted |= {"shieldgemma-2-4b-it", *(f"translategemma-{size}b-it" for size in (4, 12, 27))}
     assert set(ALIASES) == wanted
     assert all(target == f"google/{name}" for name, target in ALIASES.items() if isinstance(target, str))
 

@@ -368,7 +368,7 @@ def test_control_c_during_imports_leaves_quietly(chat_folder: Path) -> None:
             [sys.executable, "-c", start, "inspect", str(chat_folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         assert child.stdout is not None and child.stdout.read(1) == b"."
-        time.sleep(0.0005 + 0.008 * attempt)
+        time.sleep(0.01 + 0.008 * attempt)
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)
         assert errors == b"" and child.returncode in (130, 0), (attempt, child.returncode, errors)

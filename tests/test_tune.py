@@ -92,7 +92,7 @@ def test_one_that_was_killed_goes_on_with_the_same_losses(data: Path, tmp_path: 
     assert rows(whole) == rows(cut)
 
 
-@pytest.mark.parametrize(("kind", "tower"), [("lora", False), ("dora", True)], ids=["lora", "dora-tower"])
+@pytest.mark.parametrize(("kind", "tower"), [("lora", False), pytest.param("dora", True, marks=pytest.mark.slow)])
 def test_an_adapter_says_the_same_at_run_time_and_melted_in(data: Path, tmp_path: Path, kind: str, tower: bool) -> None:
     kept: list[run.Training] = []
 
@@ -271,6 +271,7 @@ def test_batches_hold_each_item_once_and_no_more_tokens_than_allowed() -> None:
             assert len(batch) <= 3 if tokens is None else len(batch) == 1 or sum(lengths[n] for n in batch) <= tokens
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_one(data: Path, tmp_path: Path) -> None:
     found = []
     for name, how in {"once": {"batch_size": 8}, "twice": {"batch_size": 4, "accumulate": 2}}.items():
@@ -280,6 +281,7 @@ def test_accumulated_batches_are_one_large_one(data: Path, tmp_path: Path) -> No
         assert mx.abs(values - found[1][name]).max().item() < 1e-4, name
 
 
+@pytest.mark.slow
 def test_preferences_are_learnt(data: Path, tmp_path: Path) -> None:
     rows_ = [
         {"prompt": "What is this?", "chosen": "a star", "rejected": "a heart", "images": ["pictures/00000-0.png"]},
@@ -295,6 +297,7 @@ def test_preferences_are_learnt(data: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.5 and checks[-1]["loss"] < checks[0]["loss"] and checks[-1]["preferred"] == 1.0
 
 
+@pytest.mark.slow
 def test_rows_of_pictures_are_kept_under_a_budget(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     with patch.dict(os.environ, {"MLX_GEMMA3_CACHE": str(folder)}):
