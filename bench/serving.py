@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    command = [sys.executable, "-m", "mlx_gemma3.cli", "serve", "-m", options.model, "--port", "0", "--quiet"]
+    serve = ["serve", "--no-speculation"]  # what batching brings, by itself
+    command = [sys.executable, "-m", "mlx_gemma3.cli", *serve, "-m", options.model, "--port", "0", "--quiet"]
     server = subprocess.Popen([*command, "--parallel", str(options.clients)], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     try:

@@ -46,7 +46,7 @@ ROOM_TO_UNPACK = 4  # times a packed model as float32 must fit into the memory
 UNPACK_FROM = 4  # rows
 MANY = 64  # rows; a product with fewer is slow
 VECTOR_ROWS = 4  # up to as many are multiplied one by one, a block of the matrix after another
-FEW_ROWS = 12  # with a LARGE matrix, which memory delivers more slowly than it is multiplied with
+FEW_ROWS = 6  # with a LARGE matrix, which memory delivers more slowly than it is multiplied with
 LARGE = 1 << 22  # numbers
 MOST_TURNED = 32  # rows; up to as many the matrix is the left side
 WORTH_SHARING = 1 << 18  # numbers of a packed matrix, a quarter of a millisecond; another thread takes up work in 50 µs
@@ -151,7 +151,9 @@ def matmul(x: mx.array, rows: MatrixRows, count: int, step: int) -> mx.array:
     room = np.empty((step, x.shape[-1]), np.float32)
 
     vectors = len(left) <= VECTOR_ROWS or (len(left) <= FEW_ROWS and count * x.shape[-1] > LARGE)
-    step = step or (min(count, max(1, BLOCK // x.shape[-1])) if len(left) > 1 and vectors else count)
+    if not step:  # several rows go over a block of the matrix while the cache holds it
+        block = (BLOCK if vectors else 2 * BLOCK) if 1 < len(left) <= MOST_TURNED else count * x.shape[-1]
+        step = min(count, max(1, block // x.shape[-1]))
 
     def write(out: Floats) -> None:
         for start in range(0, count, step):
