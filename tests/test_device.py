@@ -107,7 +107,7 @@ def test_freed_buffers_go_after_each_chunk_and_now_and_then_while_writing(
         monkeypatch.setattr(module, "release", lambda name=name: released.append(name))
     limits: list[int] = []
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
-    with g3.load(base_folder) as engine:
+    with g3.load(base_folder, speculation=False) as engine:
         assert released == ["load"] and limits == [engine._thread._scheduler.budget // 8]
         engine.generate("the " * 100, max_tokens=600, temperature=1.0, raw=True)
         assert (released.count("chunk"), released.count("step")) == (1, 2)

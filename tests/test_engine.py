@@ -38,13 +38,13 @@ def chat_folder(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def base(text_folder: Path) -> Iterator[g3.Engine]:
-    with g3.load(text_folder) as engine:
+    with g3.load(text_folder, speculation=False) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def chat(chat_folder: Path) -> Iterator[g3.Engine]:
-    with g3.load(chat_folder) as engine:
+    with g3.load(chat_folder, speculation=False) as engine:
         yield engine
 
 

@@ -45,7 +45,7 @@ def begin(server: Server, path: str, body: dict[str, Any]) -> http.client.HTTPCo
 
 @pytest.fixture(scope="module")
 def slow() -> Any:
-    with serving("-m", "demo", code=SLOW) as running:
+    with serving("-m", "demo", "--no-speculation", code=SLOW) as running:
         yield running
 
 
