@@ -273,8 +273,9 @@ def test_a_template_may_open_the_thought(family: Path) -> None:
         reply = engine.generate("a", template_args={"think": True}, max_tokens=6, temperature=0)
         assert reply.thinking and not reply.text
         assert not engine.generate("a", max_tokens=6, temperature=0).thinking
-    asked = [*COMMAND, "generate", "-m", str(family / "thinking"), "--template-arg", "think=true", "--max-tokens", "6"]
-    done = subprocess.run([*asked, "--temperature", "0", "a"], input="", capture_output=True, timeout=60)
+    asked = [*COMMAND, "generate", "-m", str(family / "thinking"), "--template-arg", "think=true", "--temperature", "0"]
+    asked += ["--max-tokens", "6"]
+    done = subprocess.run([*asked, "a"], input="", capture_output=True, timeout=60)
     assert done.stdout.strip() == b"" and reply.thinking.encode() in done.stderr
     done = subprocess.run([*asked, "--json", "a"], input="", capture_output=True, text=True, timeout=60)
     assert {json.loads(line)["kind"] for line in done.stdout.splitlines()} >= {"thinking", "done"}

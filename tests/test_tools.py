@@ -89,6 +89,11 @@ def test_the_prompt_is_the_documented_one(chat: g3.Engine) -> None:
     assert told > plain + 100 and chat.count_tokens("Hi", tools=[OPENAI], tool_choice="none") == plain
 
 
+def test_tools_that_may_not_be_called_leave_the_answer_free(chat: g3.Engine) -> None:
+    reply = chat.generate("Hi", tools=[OPENAI], tool_choice="none", logit_bias={106: 100.0}, max_tokens=5)
+    assert reply.finish_reason == "stop" and reply.parsed is None and not reply.tool_calls
+
+
 def test_calls_and_results_in_messages_are_words() -> None:
     calls = [{"id": name, "type": "function", "function": {"name": name, "arguments": '{"x": 1}'}} for name in "ab"]
     said = [

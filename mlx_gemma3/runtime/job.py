@@ -215,7 +215,7 @@ class Job:
             done["tool_calls"] = self._calls.found
             if done["finish_reason"] == "stop":
                 done["finish_reason"] = "tool_calls"
-        elif form is not None and not form.tools and self.row is not None:
+        elif form is not None and form.text is not None and not form.tools and self.row is not None:
             done["parsed"] = form.parsed(self.row.chooser.constraint) if done["finish_reason"] == "stop" else None
 
     def undo(self) -> None:
