@@ -140,23 +140,13 @@ class Step:
         return attend(q, keys, values, scale=rule.scale, mask=None, bits=cache.bits)
 
 
-class Texts:
-    """Whole texts of an embedding model, one behind another, each token a row: (T, 1, D). No caches, no causality.
-
-    Neighbours of one length attend in one call. A long text goes through a local layer some queries at a time, each
-    with the keys that any of them sees.
-    """
-
-    SHORTEST_BLOCK = 64  # queries
+class _Runs:
+    """Sequences one behind another, each token a row: (T, 1, D). Neighbours of one length are a run; nothing is padded."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        """
-        Args:
-            lengths: tokens of each text, T together; fastest when those of one length are neighbours.
-        """
+        """lengths: tokens of each sequence, T together; fastest when those of one length are neighbours."""
         self.positions = mx.array(np.concatenate([np.arange(length) for length in lengths]))  # (T,)
-        self._runs = [(length, len(list(texts))) for length, texts in groupby(lengths)]
-        self._masks: dict[tuple[int, ...], mx.array | None] = {}
+        self._runs = [(length, len(list(same))) for length, same in groupby(lengths)]
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
         found, start = [], 0
@@ -166,23 +156,41 @@ class Texts:
                 x[start:stop].reshape(count, length, -1, x.shape[-1]).transpose(0, 2, 1, 3)  # (count, heads, L, D)
                 for x in (q, k, v)
             )
-            out = self._within(qs, ks, vs, rule, attend)
+            out = self._within(start, qs, ks, vs, rule, attend)
             found.append(out.transpose(0, 2, 1, 3).reshape(stop - start, -1, 1, out.shape[-1]))
             start = stop
         return found[0] if len(found) == 1 else mx.concatenate(found)
 
-    def _within(self, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
-        """(count, H, L, D), (count, K, L, D) twice → (count, H, L, D)"""
+    def _within(self, start: int, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
+        """The run that begins at row `start`: (count, H, L, D), (count, K, L, D) twice → (count, H, L, D)."""
+        raise NotImplementedError
+
+
+class Texts(_Runs):
+    """Whole texts of an embedding model, one behind another, each token a row: (T, 1, D). No caches, no causality.
+
+    Neighbours of one length attend in one call. A long text goes through a local layer some queries at a time, each
+    with the keys that any of them sees.
+    """
+
+    SHORTEST_BLOCK = 64  # queries
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """See _Runs."""
+        super().__init__(lengths)
+        self._masks: dict[tuple[int, ...], mx.array | None] = {}
+
+    def _within(self, start: int, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
         length, window = q.shape[2], rule.window
         if window is None or length <= window:
             return attend(q, (k,), (v,), scale=rule.scale, mask=None)
         step, blocks = max(window, self.SHORTEST_BLOCK), []
-        for start in range(0, length, step):
-            stop = min(start + step, length)
-            first, last = max(0, start - window + 1), min(length, stop + window - 1)
-            mask = self._mask(stop - start, start - first, last - first, window)
+        for begin in range(0, length, step):
+            stop = min(begin + step, length)
+            first, last = max(0, begin - window + 1), min(length, stop + window - 1)
+            mask = self._mask(stop - begin, begin - first, last - first, window)
             keys, values = k[:, :, first:last], v[:, :, first:last]
-            blocks.append(attend(q[:, :, start:stop], (keys,), (values,), scale=rule.scale, mask=mask))
+            blocks.append(attend(q[:, :, begin:stop], (keys,), (values,), scale=rule.scale, mask=mask))
         return mx.concatenate(blocks, axis=2)
 
     def _mask(self, queries: int, before: int, keys: int, window: int) -> mx.array | None:
@@ -193,7 +201,7 @@ class Texts:
         return self._masks[name]
 
 
-class Sequences:
+class Sequences(_Runs):
     """Whole sequences one behind another, each token a row: (T, 1, D). No caches; each attends to itself by the rule.
 
     What training reads: nothing is padded, whatever the lengths. Neighbours of one length attend in one call.
@@ -205,24 +213,13 @@ class Sequences:
             lengths: tokens of each sequence, T together; fastest when those of one length are neighbours.
             blocks: (T,) int, 0 for text, n for the tokens of the n-th image block of all; None where there is none.
         """
-        self.positions = mx.array(np.concatenate([np.arange(length) for length in lengths]))  # (T,)
-        self._runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+        super().__init__(lengths)
         self._blocks = blocks
         self._masks: dict[tuple[int, int | None], mx.array | str | None] = {}
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
-        found, start = [], 0
-        for length, count in self._runs:
-            stop = start + length * count
-            qs, ks, vs = (
-                x[start:stop].reshape(count, length, -1, x.shape[-1]).transpose(0, 2, 1, 3)  # (count, heads, L, D)
-                for x in (q, k, v)
-            )
-            mask = self._mask(start, count, length, rule.window)
-            out = attend(qs, (ks,), (vs,), scale=rule.scale, mask=mask)
-            found.append(out.transpose(0, 2, 1, 3).reshape(stop - start, -1, 1, out.shape[-1]))
-            start = stop
-        return found[0] if len(found) == 1 else mx.concatenate(found)
+    def _within(self, start: int, q: mx.array, k: mx.array, v: mx.array, rule: Rule, attend: Attend) -> mx.array:
+        mask = self._mask(start, q.shape[0], q.shape[2], rule.window)
+        return attend(q, (k,), (v,), scale=rule.scale, mask=mask)
 
     def _mask(self, start: int, count: int, length: int, window: int | None) -> mx.array | str | None:
         """Of the run of sequences that begins at row `start`: the same in all layers of a kind."""
