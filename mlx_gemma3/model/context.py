@@ -141,7 +141,7 @@ class Step:
 
 
 class _Runs:
-    """Sequences one behind another, each token a row: (T, 1, D). Neighbours of one length are a run; nothing is padded."""
+    """Sequences one behind another, each token a row: (T, 1, D). Neighbours of one length are a run, never padded."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         """lengths: tokens of each sequence, T together; fastest when those of one length are neighbours."""
