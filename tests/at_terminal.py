@@ -86,6 +86,16 @@ class Seen:
         mark = len(self.bytes)
         assert self.pump(seconds, lambda: text.encode() in self.bytes[mark:], send), self.bytes[-2000:]
 
+    def until_answering(self, question: bytes) -> None:
+        """Ask, and wait for the answer's first words: before them the line at the bottom is a spinner's, which is dim."""
+        mark = len(self.bytes)
+
+        def answers() -> bool:
+            frames = re.findall(rb"\x1b\[\?2026h(.*?)\x1b\[\?2026l", self.bytes[mark:], re.DOTALL)
+            return any(b"\x1b[2m" not in frame and OWN.sub(b"", frame).strip() for frame in frames)
+
+        assert self.pump(30, answers, question), self.bytes[-2000:]
+
     def ended(self, seconds: float = 30) -> int:
         """Read to the program's end; returns its exit status."""
         assert self.pump(seconds, lambda: self.process.poll() is not None), self.bytes[-2000:]

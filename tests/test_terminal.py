@@ -390,8 +390,7 @@ def test_a_signal_leaves_the_terminal_as_it_was(
     with Seen(*words, folder=tmp_path) as seen:
         seen.until("dropped here")
         if answering:
-            seen.until("\x1b[?2026h", b"the user\r")
-            seen.pump(0.3)
+            seen.until_answering(b"the user\r")
         os.kill(seen.process.pid, number)
         assert seen.ended() == 128 + number
         assert seen.as_before() and b"Traceback" not in seen.bytes
@@ -406,8 +405,7 @@ def test_a_terminal_that_is_gone_keeps_the_turn(never_ending: Path, tmp_path: Pa
     words = ("chat", "-m", never_ending, *GREEDY, "--max-tokens", "900", "--session", "kept")
     seen = Seen(*words, folder=tmp_path)
     seen.until("dropped here")
-    seen.until("\x1b[?2026h", b"the user\r")
-    seen.pump(0.3)
+    seen.until_answering(b"the user\r")
     os.close(seen.inner)
     os.close(seen.terminal)
     assert seen.process.wait(30) == 128 + signal.SIGHUP
@@ -419,8 +417,7 @@ def test_a_terminal_that_is_gone_keeps_the_turn(never_ending: Path, tmp_path: Pa
 def test_a_long_paste_while_answering_does_not_shut_out_control_c(never_ending: Path, tmp_path: Path) -> None:
     with Seen("chat", "-m", never_ending, *GREEDY, "--max-tokens", "900", folder=tmp_path) as seen:
         seen.until("dropped here")
-        seen.pump(3)  # the model is there: what is drawn next is the answer
-        seen.until("\x1b[?2026h", b"the user\r")
+        seen.until_answering(b"the user\r")
         seen.until("stopped", b"word " * 900 + b"\x03", 10)  # more than a terminal holds
         seen.until("word", b"", 10)  # it stands at the prompt
         seen.pump(1, send=b"\x03")  # empties the line
