@@ -87,7 +87,7 @@ class Seen:
         assert self.pump(seconds, lambda: text.encode() in self.bytes[mark:], send), self.bytes[-2000:]
 
     def until_answering(self, question: bytes) -> None:
-        """Ask, and wait for the answer's first words: before them the line at the bottom is a spinner's, which is dim."""
+        """Ask, and wait for the answer's first words: before them there is a spinner's line, which is dim."""
         mark = len(self.bytes)
 
         def answers() -> bool:

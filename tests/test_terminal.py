@@ -413,6 +413,16 @@ def test_a_terminal_that_is_gone_keeps_the_turn(never_ending: Path, tmp_path: Pa
         assert len(engine.session(resume=tmp_path / "kept").messages) == 2
 
 
+@pytest.mark.parametrize("typed", [b"", b"half a question"])
+def test_a_terminal_that_is_gone_ends_the_prompt(chat_folder: Path, tmp_path: Path, typed: bytes) -> None:
+    seen = Seen("chat", "-m", chat_folder, folder=tmp_path)
+    seen.until("dropped here")
+    seen.pump(0.5, send=typed)
+    os.close(seen.inner)
+    os.close(seen.terminal)
+    assert seen.process.wait(30) == 128 + signal.SIGHUP
+
+
 @pytest.mark.slow  # it races with the answer: on a quick machine that may be over before the paste is
 def test_a_long_paste_while_answering_does_not_shut_out_control_c(never_ending: Path, tmp_path: Path) -> None:
     with Seen("chat", "-m", never_ending, *GREEDY, "--max-tokens", "900", folder=tmp_path) as seen:

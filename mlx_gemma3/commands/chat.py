@@ -6,9 +6,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from .talk.input import Input
     from .talk.screen import Terminal
     from .talk.talk import ChatState
-
-
-_ENDS = (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
 
 
 @answering(talk=True)
@@ -74,8 +70,9 @@ def chat(
     from ..prompt.address import is_address
     from ..runtime.fetching import must_be_fetched
     from .talk.loading import Loading
-    from .talk.screen import Leave, Plain, Screen, Terminal
+    from .talk.screen import Plain, Screen, Terminal
     from .talk.settings import Settings
+    from .talk.signals import Leave, as_exceptions
     from .talk.talk import ChatState
     from .talk.tools import Tools
 
@@ -125,7 +122,7 @@ def chat(
     loading.start()  # from here on it wants the processor too
     status: int = 0
     try:
-        with _as_found(at is not None), _signals(Leave):
+        with _as_found(at is not None), as_exceptions():
             if at is None or asker is None:
                 status = _line_by_line(talk)
             else:
@@ -235,25 +232,3 @@ def _as_found(terminal: bool) -> Iterator[None]:
         if found is not None:
             with contextlib.suppress(termios.error):  # it is gone
                 termios.tcsetattr(0, termios.TCSANOW, found)
-
-
-@contextlib.contextmanager
-def _signals(leave_with: Callable[[int], BaseException]) -> Iterator[None]:
-    """Ctrl-C is an exception; a hang-up or a request to end ends the chat, which saves what it must and leaves the
-    terminal as it was.
-    """
-
-    def end(number: int, _: FrameType | None) -> None:
-        for name in _ENDS:
-            signal.signal(name, signal.SIG_IGN)
-        raise leave_with(128 + number)
-
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, *_ENDS)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in _ENDS:
-        signal.signal(name, end)
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -21,13 +19,12 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
 from prompt_toolkit.styles import Style
 
 from ...visible import one_line
-from ..streams import OutputLost
-from ..terminal import own
 from .history import private_history
 from .keyboard import Keyboard
 from .lines import SUFFIXES
 from .loading import Loading
 from .settings import NAMES
+from .signals import held, leave_by
 from .verbs import VERBS
 
 _STYLE = Style.from_dict(
@@ -78,6 +75,7 @@ class Input:
             KeyboardInterrupt: Ctrl-C where nothing was typed, nor a default changed.
             EOFError: Ctrl-D there, or the terminal is gone.
             Gemma3Error: the model could not be loaded.
+            Leave: by a signal.
         """
         self._given = default
         if typed:
@@ -88,32 +86,31 @@ class Input:
             parser.flush()
             store_typeahead(self._prompt.app.input, keys)
 
-        pressed = False
-
-        def press(_: int, __: FrameType | None) -> None:
-            nonlocal pressed
-            pressed = True
+        app, loop = self._prompt.app, None
 
         def begin() -> None:
-            if pressed:
-                self._prompt.app.exit(exception=KeyboardInterrupt())
-            else:
-                self._prompt.app.create_background_task(self._watch())
+            nonlocal loop
+            loop = asyncio.get_running_loop()
+            app.create_background_task(self._watch())
+            finish()
 
-        # Ctrl-C while the prompt is put up or taken down must not fall into the middle of that; in between it is a key.
-        before = signal.signal(signal.SIGINT, press)
-        try:
-            line = self._prompt.prompt(default=default, pre_run=begin)
-            if pressed:
-                raise KeyboardInterrupt
-            return line
-        except SystemExit:  # a signal, which found it at work: pastes are marked still
-            with contextlib.suppress(OutputLost):
-                self._prompt.app.renderer.reset()
-                own("\n")
-            raise
-        finally:
-            signal.signal(signal.SIGINT, before)
+        def finish() -> None:
+            if signals and app.future is not None and not app.future.done():
+                app.exit(exception=KeyboardInterrupt())
+
+        # A signal must not fall into the middle of the prompt's work: it ends the prompt as a key would.
+        with held(lambda: loop and loop.call_soon_threadsafe(finish)) as signals:
+            try:
+                line = self._prompt.prompt(default=default, pre_run=begin)
+            except (Exception, KeyboardInterrupt):  # where the signal says that the terminal is gone: of any kind
+                if not signals:
+                    raise
+        for number in signals:
+            if number != signal.SIGINT:
+                leave_by(number)
+        if signals:
+            raise KeyboardInterrupt
+        return line
 
     async def _watch(self) -> None:
         """Show that the model is ready, or end the prompt when there will be none. End a paste that has no end."""

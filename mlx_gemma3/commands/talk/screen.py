@@ -6,16 +6,15 @@ import contextlib
 import os
 import select
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from ...visible import one_line, visible
 from ..streams import OutputLost
 from ..terminal import Pace, answer, fitted, own, tell, thought, width
+from .signals import stopping
 
 if TYPE_CHECKING:
     from ...runtime.events import DoneEvent, ErrorEvent, PendingEvent
@@ -24,10 +23,6 @@ if TYPE_CHECKING:
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _BEAT = 0.08  # seconds between two pictures of the spinner, and between two of the text
 _MOST_TYPED = 1 << 20  # bytes that are typed or pasted while nothing is asked; what is more is dropped
-
-
-class Leave(SystemExit):
-    """The end of the program with this status; what must be saved is saved on the way."""
 
 
 class Screen(Protocol):
@@ -47,29 +42,6 @@ class Screen(Protocol):
 
     def wait(self, ended: Callable[[float], bool], what: str) -> bool:
         """Wait until `ended(seconds)` is true. Ctrl-C ends the waiting; returns whether it was waited out."""
-
-
-@contextlib.contextmanager
-def stopping(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `stop`; once more, and the program ends.
-
-    Raises:
-        Leave: where the program is when the second Ctrl-C comes.
-    """
-    asked = False
-
-    def interrupted(_: int, __: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise Leave(130)
-        asked = True
-        stop()
-
-    before = signal.signal(signal.SIGINT, interrupted)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Terminal:
