@@ -29,8 +29,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -43,7 +44,7 @@ GROUP = 32
 _EXACT_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5}
 _GROUPS_OF_16 = frozenset(("Q2_K", "Q3_K", "Q6_K"))
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # NumPy has no bfloat16: its bits
-_PIECE = 1 << 17  # numbers worked on at once: the temporaries of one piece stay in the processor's cache
+_PIECE = 1 << 18  # numbers worked on at once: the temporaries of one piece stay in the processor's cache
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -130,9 +131,15 @@ def read_rows(path: Path, offset: int, kind: BlockType, out: Sequence[np.ndarray
             for start in starts:
                 fill(start)
         else:
-            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                for _ in pool.map(fill, starts):
-                    pass
+            pieces = [_readers().submit(fill, start) for start in starts]
+            wait(pieces)  # all of them, also when one fails: the file is closed then
+            for piece in pieces:
+                piece.result()
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(4, os.cpu_count() or 1), "mlx-gemma3 gguf")
 
 
 def float_blocks(kind: BlockType, blocks: np.ndarray) -> Arrays:

@@ -16,7 +16,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import CDLL, c_size_t, c_void_p
 from functools import cache, partial
 from itertools import product
@@ -42,6 +42,7 @@ MatrixRows = Callable[[slice, Floats], Floats]  # (which, room for as many) → 
 
 MOST_CORES = 4
 MADV_POPULATE_WRITE = 23  # Linux 5.14
+PAGES = 8 << 20  # bytes that are asked for at a time
 ROOM_TO_UNPACK = 4  # times a packed model as float32 must fit into the memory
 UNPACK_FROM = 4  # rows
 MANY = 64  # rows; a product with fewer is slow
@@ -86,7 +87,7 @@ def matrix(module: nn.Module, *, unpack: bool = False) -> Multiply:
     packed = "scales" in module
     rows = matrix_rows(module)
     kept: list[Floats] = []
-    room = _room(rows[1], module.scales.shape[1] * module.group_size) if packed and unpack else None
+    room = _Room(rows[1], module.scales.shape[1] * module.group_size) if packed and unpack else None
     left_packed = True  # its first product of a row or two; a prompt needs it unpacked anyway
     parts = list(_parts(module)) if packed else []
 
@@ -95,9 +96,11 @@ def matrix(module: nn.Module, *, unpack: bool = False) -> Multiply:
         few = x.size < UNPACK_FROM * x.shape[-1]
         if room is not None and not (few and left_packed):
             if not kept:
-                kept.append(_fill(room(), rows[0], rows[2]))
+                kept.append(_fill(room.get(), rows[0], rows[2]))
             return matmul(x, lambda some, room: kept[0][some], rows[1], 0)
         left_packed = False
+        if room is not None:
+            room.fetch()
         if packed and few:
             out = [part(x, stream) for part, stream in zip(parts, cpu_streams(len(parts)), strict=True)]
             return (out[0] if len(out) == 1 else mx.concatenate(out, axis=-1)).astype(x.dtype)
@@ -116,23 +119,34 @@ def _fill(out: Floats, rows: MatrixRows, step: int) -> Floats:
     return out
 
 
-def _room(count: int, width: int) -> Callable[[], Floats]:
+class _Room:
     """Memory for a matrix, got ready by a thread of its own meanwhile: its pages cost as much as the unpacking."""
-    if sys.platform != "linux":
-        return lambda: np.empty((count, width), np.float32)
-    memory = mmap.mmap(-1, 4 * count * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    out: Floats = np.frombuffer(memory, np.float32).reshape(count, width)
 
-    def fetch() -> None:  # an older Linux refuses: then the pages come one by one
-        _libc().madvise(c_void_p(out.ctypes.data), c_size_t(out.nbytes), MADV_POPULATE_WRITE)
+    def __init__(self, count: int, width: int) -> None:
+        self._ready: Future[None] | None = None
+        if sys.platform == "linux":
+            memory = mmap.mmap(-1, 4 * count * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._out: Floats = np.frombuffer(memory, np.float32).reshape(count, width)
+            if self._out.size <= LARGE:
+                self.fetch()
+        else:
+            self._out = np.empty((count, width), np.float32)
 
-    ready = _pages().submit(fetch)
+    def fetch(self) -> None:
+        """Begin, unless it has begun. A large one waits for this: while the model loads, others need memory."""
+        if self._ready is None and sys.platform == "linux":
+            self._ready = _pages().submit(self._fetch)
 
-    def room() -> Floats:
-        ready.result()
-        return out
+    def get(self) -> Floats:
+        self.fetch()
+        if self._ready is not None:
+            self._ready.result()
+        return self._out
 
-    return room
+    def _fetch(self) -> None:  # an older Linux refuses: then the pages come one by one
+        for start in range(0, self._out.nbytes, PAGES):  # in between another thread gets memory
+            size = min(PAGES, self._out.nbytes - start)
+            _libc().madvise(c_void_p(self._out.ctypes.data + start), c_size_t(size), MADV_POPULATE_WRITE)
 
 
 @cache
