@@ -42,6 +42,7 @@ MatrixRows = Callable[[slice, Floats], Floats]  # (which, room for as many) → 
 
 MOST_CORES = 4
 MADV_POPULATE_WRITE = 23  # Linux 5.14
+FILLED = 1 << 17  # numbers that a core unpacks at a time
 PAGES = 8 << 20  # bytes that are asked for at a time
 ROOM_TO_UNPACK = 4  # times a packed model as float32 must fit into the memory
 UNPACK_FROM = 4  # rows
@@ -110,12 +111,17 @@ def matrix(module: nn.Module, *, unpack: bool = False) -> Multiply:
 
 
 def _fill(out: Floats, rows: MatrixRows, step: int) -> Floats:
-    """Unpack all rows of a matrix into `out`, `step` at a time."""
-    for start in range(0, len(out), step):
+    """Unpack all rows of a matrix into `out`, `step` at a time, the cores side by side: numpy lets go of the lock."""
+
+    def fill(start: int) -> None:
         some = slice(start, min(start + step, len(out)))
         found = rows(some, out[some])
-        if found.base is not out:
+        if not np.may_share_memory(found, out[some]):
             out[some] = found
+
+    step = max(1, min(step, FILLED // out.shape[1]))
+    for _ in _cores().map(fill, range(0, len(out), step)):
+        pass
     return out
 
 
@@ -152,6 +158,11 @@ class _Room:
 @cache
 def _pages() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "mlx-gemma3 pages")
+
+
+@cache
+def _cores() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MOST_CORES, os.cpu_count() or 1), "mlx-gemma3 unpacking")
 
 
 @cache
@@ -404,13 +415,16 @@ def _write_codes(packed: npt.NDArray[np.uint8], bits: int, out: Floats) -> None:
         out[:] = ((pairs | pairs << 4) & 0x0F0F).view(np.uint8)
         return
     count = 8 // gcd(bits, 8)  # codes that end with a byte
-    parts, codes = packed.reshape(len(packed), -1, count * bits // 8), out.reshape(len(out), -1, count)
+    parts = packed.reshape(-1, count * bits // 8)
+    columns = [np.ascontiguousarray(parts[:, byte]) for byte in range(parts.shape[1])]
+    codes = np.empty((len(parts), count), np.uint8)
     for index in range(count):
         byte, shift = divmod(index * bits, 8)
-        code = parts[..., byte] >> shift
+        code = columns[byte] >> shift
         if shift + bits > 8:
-            code |= parts[..., byte + 1] << (8 - shift)
-        codes[..., index] = code & (1 << bits) - 1
+            code |= columns[byte + 1] << (8 - shift)
+        codes[:, index] = code & (1 << bits) - 1
+    out[:] = codes.reshape(out.shape)
 
 
 def _filled(room: Floats, found: npt.NDArray[Any]) -> Floats:
