@@ -82,7 +82,9 @@ def run(host: Path, model: Path, folder: Path, requests: int, ending: str, *, se
     return counts
 
 
-@pytest.mark.parametrize(("ending", "requests"), [("close", 50), ("finalize", 24), ("leave", 24)])
+@pytest.mark.parametrize(
+    ("ending", "requests"), [pytest.param("close", 50, marks=pytest.mark.slow), ("finalize", 24), ("leave", 24)]
+)
 def test_eight_threads_of_a_host_lose_nothing_whatever_the_end(
     checked: Path, chat_folder: Path, tmp_path: Path, ending: str, requests: int
 ) -> None:
