@@ -360,10 +360,11 @@ def test_a_signal_while_answering_keeps_the_turn(
     assert answered["content"].startswith((said + rest).decode().strip("\n")[:1])
 
 
-def test_control_c_during_imports_leaves_quietly(chat_folder: Path) -> None:
+@pytest.mark.parametrize("every", [3, slow(1)])
+def test_control_c_during_imports_leaves_quietly(chat_folder: Path, every: int) -> None:
     """From the program's first line on: before it, the interpreter itself starts."""
     start = "import os, sys; from mlx_gemma3.cli import main; os.write(1, b'.'); main()"
-    for attempt in range(0, 20, 3):
+    for attempt in range(0, 20, every):
         child = subprocess.Popen(
             [sys.executable, "-c", start, "inspect", str(chat_folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )

@@ -218,16 +218,12 @@ def _take(talk: ChatState, line: str) -> None:
 
 @contextlib.contextmanager
 def _as_found(terminal: bool) -> Iterator[None]:
-    """Leave the terminal as it was found, wherever in the putting up of a prompt a signal came."""
+    """Leave the terminal as it was found."""
     import termios
 
     found = termios.tcgetattr(0) if terminal else None
     try:
         yield
-    except SystemExit:
-        with contextlib.suppress(OutputLost):
-            own("\x1b[?2004l" if found is not None else "")  # pastes are plain text again
-        raise
     finally:
         if found is not None:
             with contextlib.suppress(termios.error):  # it is gone

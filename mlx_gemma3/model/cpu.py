@@ -162,7 +162,7 @@ def _pages() -> ThreadPoolExecutor:
 
 @cache
 def _cores() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(MOST_CORES, os.cpu_count() or 1), "mlx-gemma3 unpacking")
+    return ThreadPoolExecutor(min(MOST_CORES, all_cores()), "mlx-gemma3 unpacking")
 
 
 @cache
