@@ -33,7 +33,6 @@ from .entries import Entry
 from .head import gguf_has_own_head, has_own_head
 from .packings import dtype_name, packings
 from .safetensors import EMBEDDING, is_vision, read_folder
-from .sentence import read_embedder
 from .source import Source, resolve
 from .tuned import folder_template, gguf_templates, judge
 
@@ -75,6 +74,8 @@ def open_checkpoint(source: Source, *, text_only: bool = False) -> Checkpoint:
     if source.path.is_dir():
         config = Config.from_file(source.path / "config.json")
         if config.text.bidirectional:
+            from .sentence import read_embedder  # embedders alone
+
             config = replace(config, embedder=read_embedder(source.path, config.text))
         tied = config.embedder is not None or (config.tie_word_embeddings and not has_own_head(source.path))
         generation = _read_generation(source.path / "generation_config.json")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 
 MOST = 31  # drafted tokens of a row
 EXTRA = (1, 2, 3, 4, 6, 8, 11, 15, 23, 31)  # drafted tokens of a pass: few sizes, since a GPU compiles for each
@@ -71,13 +70,15 @@ class Depth:
     def plain(self, rows: int) -> float | None:
         """Seconds of a plain step; None before two were measured."""
         found = self._plain.get(rows)
-        return median(found) if found and len(found) > 1 else None
+        return _median(found) if found and len(found) > 1 else None
 
     def cost(self, rows: int, tokens: int) -> float | None:
         """Of a pass, in plain steps: as measured for so many tokens, or for the next more, or carried on beyond the
         most. None before a pass was measured.
         """
-        known = {size: median(found) for size, found in self._passes.items() if self._turn - self._measured[size] < OLD}
+        known = {
+            size: _median(found) for size, found in self._passes.items() if self._turn - self._measured[size] < OLD
+        }
         if not known:
             return None
         if tokens in known:
@@ -129,3 +130,9 @@ def _shares(ranked: Sequence[tuple[float, int]], rows: int) -> list[int]:
     for _, row in ranked:
         shares[row] += 1
     return shares
+
+
+def _median(values: Sequence[float]) -> float:
+    """As in statistics, whose import takes longer than a command's start can spare."""
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import os
 import queue
 import re
 import threading
@@ -22,7 +23,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
-from urllib.request import url2pathname
 
 from ..errors import ImageError, PromptError
 from .images import format_of
@@ -77,12 +77,12 @@ def opened(source: Any, progress: Progress | None = None) -> tuple[Any, str | No
     if scheme == "file":
         parts = urlsplit(source)
         if parts.netloc in (".", "..", "~"):  # no address, but what people write
-            return Path(url2pathname(parts.netloc + parts.path)), None
+            return Path(os.fsdecode(unquote_to_bytes(parts.netloc + parts.path))), None
         if parts.netloc not in ("", "localhost"):
             raise PromptError(
                 f"picture {source}", got=f"a file of the machine {parts.netloc}", want="one of this machine"
             )
-        return Path(url2pathname(parts.path)), None
+        return Path(os.fsdecode(unquote_to_bytes(parts.path))), None
     if scheme and source[len(scheme) + 1 :].startswith("//"):
         raise PromptError(
             f"picture {_shown(source)}", got=f"an address of kind {scheme}", want="https, http, data or file"
