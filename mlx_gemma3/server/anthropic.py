@@ -20,6 +20,7 @@ from .forms import answer_form, anthropic_options, from_anthropic
 from .http import JSON, Body, TooLarge, answered, body, sse, until_gone
 
 _HARMLESS = frozenset({"metadata", "service_tier", "betas", "context_management", "container", "cache_control"})
+_THINKING = ("enabled", "adaptive", "disabled")  # a model that thinks does; the last leaves what it thought out
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
@@ -38,8 +39,8 @@ class Counted(Body):
     output_config: dict[str, Any] | None = None
 
     def ask(self, **options: Any) -> Ask:
-        if self.thinking is not None and self.thinking.get("type") not in (None, "disabled", "adaptive"):
-            raise RequestError("thinking", got=self.thinking.get("type"), want="disabled: Gemma 3 does not think aloud")
+        if self.thinking is not None and self.thinking.get("type") not in (None, *_THINKING):
+            raise RequestError("thinking.type", got=self.thinking.get("type"), want=", ".join(_THINKING))
         options |= answer_form((self.output_config or {}).get("format"), "output_config.format")
         options |= anthropic_options(self.tools, self.tool_choice)
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -73,7 +74,7 @@ async def messages(request: Request) -> Response:
         top_p=asked.top_p or None,
     )
     running = await until_gone(request, service.begin(ask))
-    answer = _Answer(running)
+    answer = _Answer(running, thinks=(asked.thinking or {}).get("type") != "disabled")
     return await answered(request, running.close, answer.whole, answer.events() if asked.stream else None)
 
 
@@ -85,8 +86,8 @@ async def count_tokens(request: Request) -> Response:
 
 
 class _Answer:
-    def __init__(self, running: Running) -> None:
-        self._running = running
+    def __init__(self, running: Running, *, thinks: bool) -> None:
+        self._running, self._thinks = running, thinks
         self._head: dict[str, Any] = {
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
@@ -101,7 +102,7 @@ class _Answer:
             {"type": "tool_use", "id": one["id"], "name": one["name"], "input": one["arguments"]} for one in calls
         ]
         content = content or [{"type": "text", "text": done["text"]}]
-        if "thinking" in done:
+        if "thinking" in done and self._thinks:
             content.insert(0, {"type": "thinking", "thinking": done["thinking"], "signature": ""})
         return {**self._head, "content": content, **_ending(done), "usage": _usage(done["usage"])}
 
@@ -120,6 +121,8 @@ class _Answer:
                 if found is None or found[1]["kind"] == "pending":
                     yield event("ping")
                 elif found[1]["kind"] == "thinking":
+                    if not self._thinks:
+                        continue
                     if not thoughts:
                         thoughts, open_block = 1, 0
                         block = {"type": "thinking", "thinking": "", "signature": ""}

@@ -27,8 +27,8 @@ from mlx_gemma3.server.app import PAGE_POLICY
 PAGE = Path(__file__).resolve().parents[2] / "mlx_gemma3" / "server" / "page"
 CUT, END = object(), object()  # steps: the connection breaks; the server ends the stream too early
 
-# A step of a scripted answer: text; ("reading" | "pictures", done, total); an event that is waited for; an exception,
-# which is told in the stream; CUT, END.
+# A step of a scripted answer: text; ("thinking", text); ("reading" | "pictures", done, total); an event that is waited
+# for; an exception, which is told in the stream; CUT, END.
 Step = Any
 
 
@@ -90,6 +90,8 @@ class Server:
             for step in steps:
                 if isinstance(step, str):
                     yield _chunk(choices=[{"delta": {"content": step}, "finish_reason": None}])
+                elif isinstance(step, tuple) and step[0] == "thinking":
+                    yield _chunk(choices=[{"delta": {"reasoning_content": step[1]}, "finish_reason": None}])
                 elif isinstance(step, tuple):
                     yield ": {} {}/{}\n\n".format(*step)
                 elif isinstance(step, threading.Event):

@@ -30,6 +30,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("family")
     for kind in ("functiongemma", "thinking", "translategemma"):
         tiny_family.write(folder / kind, kind)
+    template = tiny_family.write(folder / "thinks", "thinking") / "chat_template.jinja"
+    template.write_text(
+        template.read_text(encoding="utf-8").replace("{% if think %}", "{% if true %}"), encoding="utf-8"
+    )
     return folder
 
 
@@ -81,6 +85,33 @@ def test_thoughts_in_each_dialect(served: Server) -> None:
     deltas = [one["choices"][0]["delta"] for one in events(text) if one["choices"]]
     assert "".join(one.get("reasoning_content", "") for one in deltas) == message["reasoning_content"]
     assert not any(one.get("content") for one in deltas)
+    thoughts = message["reasoning_content"]
+
+    asked = {"model": "thinks", "messages": HI, "max_tokens": SHORT["max_tokens"], "temperature": 0}
+    for thinking, shown in (
+        (None, thoughts),
+        ({"type": "enabled", "budget_tokens": 1024}, thoughts),
+        ({"type": "disabled"}, ""),
+    ):
+        body = {**asked, "thinking": thinking}
+        blocks = served.ask("/v1/messages", body)[1]["content"]
+        assert [one["thinking"] for one in blocks if one["type"] == "thinking"] == [shown] * bool(shown)
+        assert blocks[-1] == {"type": "text", "text": ""}
+        streamed = events(served.ask("/v1/messages", {**body, "stream": True})[1])
+        assert (
+            "".join(one["delta"].get("thinking", "") for one in streamed if one["type"] == "content_block_delta")
+            == shown
+        )
+        begun = [one["content_block"]["type"] for one in streamed if one["type"] == "content_block_start"]
+        assert begun == ["thinking"] * bool(shown) + ["text"]
+    status, told = served.ask("/v1/messages", {**asked, "thinking": {"type": "aloud"}})
+    assert status == 400 and "thinking.type: got aloud" in told["error"]["message"]
+
+    for think, shown in ((True, thoughts), (False, "")):
+        body = {"model": "thinks", "messages": HI, "think": think, "options": {"temperature": 0, "num_predict": 6}}
+        assert served.ask("/api/chat", {**body, "stream": False})[1]["message"].get("thinking", "") == shown
+        lines = [json.loads(line) for line in served.ask("/api/chat", body)[1].splitlines()]
+        assert "".join(one["message"].get("thinking", "") for one in lines) == shown
 
 
 def test_turns_are_not_merged_for_a_template_of_ones_own(served: Server, family: Path) -> None:

@@ -232,6 +232,29 @@ def test_how_far_the_prompt_is_read_is_shown(page: Page, page_server: Server) ->
     expect(page.locator(".progress")).to_be_hidden()
 
 
+def test_what_a_model_thinks_stands_apart_and_is_not_sent_back(page: Page, page_server: Server) -> None:
+    words = threading.Event()
+    page_server.script("Why?", ("thinking", "First, <b>the sky</b>.\n"), ("thinking", "Then light."), words, "Blue.")
+    ask(page, "Why?")
+    thoughts = page.locator(".thoughts")
+    expect(thoughts.locator("summary")).to_have_text("Thinking: 34 characters")
+    expect(page.locator(".progress")).to_be_hidden()
+    words.set()
+    answered(page, "Blue.")
+    expect(thoughts.locator("summary")).to_have_text("What it thought")
+    expect(thoughts.locator("p")).to_be_hidden()
+    thoughts.locator("summary").focus()
+    page.keyboard.press("Enter")
+    expect(thoughts.locator("p")).to_have_text("First, <b>the sky</b>.\nThen light.")
+    page_server.script("And?", "Green.")
+    ask(page, "And?")
+    answered(page, "Green.", 2)
+    assert page_server.asked[-1]["messages"][1] == {"role": "assistant", "content": "Blue."}
+    expect(page.locator(".thoughts:visible")).to_have_count(1)
+    page.reload()
+    expect(page.locator(".thoughts:visible summary")).to_have_text("What it thought")
+
+
 def test_an_error_in_mid_answer_is_told_in_place_and_asked_again(page: Page, page_server: Server) -> None:
     page_server.script("Try.", "Half of ", RuntimeError("memory: got 9 GB, want 8"))
     ask(page, "Try.")

@@ -66,7 +66,7 @@ async function retry(conversation) {
 
 /** Write the answer to the last turn, to its end or to what kept it from there. */
 async function answerLast(conversation) {
-  const turn = { role: "assistant", text: "", state: "writing", error: "", rate: null };
+  const turn = { role: "assistant", text: "", thoughts: "", state: "writing", error: "", rate: null };
   const work = { stop: new AbortController(), progress: {}, turn };
   conversation.turns.push(turn);
   conversation.changed = Date.now();
@@ -107,6 +107,7 @@ async function answerLast(conversation) {
 
 function take(event, work) {
   if (event.kind === "progress") work.progress = event;
+  if (event.kind === "thinking") work.turn.thoughts += event.text;
   if (event.kind === "text") work.turn.text += event.text;
   if (event.kind !== "end") return;
   work.turn.state = event.finish === "length" ? "length" : "done";

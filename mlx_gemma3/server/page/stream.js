@@ -27,8 +27,8 @@ export async function models() {
 
 /** The events of one answer, in order.
 
-  {kind: "progress", stage: "reading" | "pictures", done, total} · {kind: "text", text} · and, as the last,
-  {kind: "end", finish, usage, timings}. Raises Refused, Lost, and AbortError when the signal says so. */
+  {kind: "progress", stage: "reading" | "pictures", done, total} · {kind: "thinking", text}: before the answer, by
+  models that think · {kind: "text", text} · and, as the last, {kind: "end", finish, usage, timings}. Raises Refused, Lost, and AbortError when the signal says so. */
 export async function* answer(asked, signal) {
   const response = await request("v1/chat/completions", {
     method: "POST",
@@ -49,6 +49,7 @@ export async function* answer(asked, signal) {
     const chunk = parsed(data);
     if (chunk.error) throw new Refused(chunk.error.message ?? String(chunk.error), 0);
     const choice = chunk.choices?.[0];
+    if (choice?.delta?.reasoning_content) yield { kind: "thinking", text: choice.delta.reasoning_content };
     if (choice?.delta?.content) yield { kind: "text", text: choice.delta.content };
     end.finish = choice?.finish_reason ?? end.finish;
     end.usage = chunk.usage ?? end.usage;

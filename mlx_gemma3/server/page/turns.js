@@ -45,6 +45,9 @@ export class AnswerTurn {
   constructor(turn, { onretry, note }) {
     this.turn = turn;
     this.progress = make("div", { class: "progress" });
+    this.thought = make("p", {});
+    this.thinking = make("summary", {});
+    this.thoughts = make("details", { class: "thoughts" }, this.thinking, this.thought);
     this.text = make("div", { class: "markdown" });
     this.error = make("div", { class: "error" });
     this.meta = make("span", { class: "meta" });
@@ -64,6 +67,7 @@ export class AnswerTurn {
       { class: "turn answer" },
       make("h2", { class: "hidden", text: "Answer" }),
       this.progress,
+      this.thoughts,
       this.text,
       this.error,
       this.actions,
@@ -84,11 +88,12 @@ export class AnswerTurn {
   update(running) {
     if (this.#frame) cancelAnimationFrame(this.#frame);
     this.#frame = 0;
-    const { text, state, error, rate } = this.turn;
+    const { text, thoughts = "", state, error, rate } = this.turn;
     this.element.classList.toggle("writing", Boolean(running));
     this.element.setAttribute("aria-busy", String(Boolean(running)));
     this.rendering.update(text, Boolean(running));
-    this.#drawProgress(running && !text ? running : null);
+    this.#drawThoughts(thoughts, Boolean(running) && !text);
+    this.#drawProgress(running && !text && !thoughts ? running : null);
     this.error.hidden = !error;
     if (error && !this.error.childElementCount)
       this.error.append(icon("warning"), make("p", { text: error }), this.again);
@@ -98,6 +103,13 @@ export class AnswerTurn {
     this.actions.hidden = Boolean(running) || (Boolean(error) && !text);
     this.actions.querySelector(".copy").hidden = !text;
     this.actions.querySelector(".retry").hidden = Boolean(error);
+  }
+
+  /** What a model thinks before it answers: its length while it does, all of it for who opens it. */
+  #drawThoughts(thoughts, thinking) {
+    this.thoughts.hidden = !thoughts;
+    this.thinking.textContent = thinking ? `Thinking: ${count(thoughts.length)} characters` : "What it thought";
+    this.thought.textContent = thoughts.trim();
   }
 
   #drawProgress(running) {
