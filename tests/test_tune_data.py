@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_family
 from PIL import Image
 
 import mlx_gemma3 as g3
+from mlx_gemma3.checkpoint.load import open_checkpoint
+from mlx_gemma3.checkpoint.source import resolve
 from mlx_gemma3.errors import DataError
 from mlx_gemma3.tune.data import open_data
+from mlx_gemma3.tune.run import _encoder as encoder
+from mlx_gemma3.tune.settings import Settings
 
 pytest.importorskip("mlx_lm")
 
@@ -255,3 +260,27 @@ def test_the_forms_that_are_read(folder: Path, tmp_path: Path) -> None:
     data, valid = open_data(tmp_path)
     assert [row.line for row in data.rows] == [1, 3] and data.notes == ("columns that are not read: id",)
     assert valid is not None and valid.rows[0].values == {"text": "z"}
+
+
+def test_a_checkpoint_with_a_template_of_its_own_learns_its_own_turns(tmp_path: Path) -> None:
+    item = {"type": "text", "source_lang_code": "en", "target_lang_code": "de", "text": "the sea"}
+    chats: dict[str, list[list[dict[str, Any]]]] = {
+        "translategemma": [[user([item]), said(" das Meer")], [user([item]), said("a"), user([item]), said("b")]],
+        "thinking": [[user("a"), said("b"), user("c"), said("d ")], [user("a"), user("b"), said("c")]],
+    }
+    for kind, (good, wrong) in chats.items():
+        checkpoint = open_checkpoint(resolve(str(tiny_family.write(tmp_path / kind, kind))))
+        tokenizer, template = checkpoint.tokenizer(), g3.ChatTemplate.from_folder(tmp_path / kind)
+        data = tmp_path / "data.jsonl"
+        data.write_text(json.dumps({"messages": good}), encoding="utf-8")
+        encoded = encoder(checkpoint, Settings()).encode(open_data(data)[0], lambda pixels: "")
+        (sample,) = encoded.items[0].samples
+        read = tokenizer.encode(template.render(good[:-1]))  # what the model reads before its answer
+        assert sample.tokens[: len(read)].tolist() == read
+        answers = [message["content"].strip() for message in good if message["role"] == "assistant"]
+        learnt = [token for text in answers for token in (*tokenizer.encode(text), tokenizer.id("<end_of_turn>"))]
+        assert sample.tokens[sample.counts].tolist() == learnt and sample.counts[-1]
+        data.write_text(json.dumps({"messages": wrong}), encoding="utf-8")
+        told = "answers: got 2, .* make a line of each" if kind == "translategemma" else "two turns of user at 1"
+        with pytest.raises(DataError, match=f"line 1: .*{told}"):
+            g3.tune(tmp_path / kind, data, tmp_path / "out", steps=1)

@@ -70,6 +70,8 @@ class Encoder:
         """
         self.processor, self.config, self.instruct = processor, config, instruct
         self.max_length, self.loss_on = max_length, loss_on
+        self._own = processor.template is not None  # turns as the checkpoint's own template has them
+        self._read = written.kept if self._own else written.read
         tokenizer = processor.tokenizer
         self._eos = config.eos_token_ids[0]
         self._turn, self._end = (tokenizer.id(name) for name in (START_OF_TURN, END_OF_TURN))
@@ -134,7 +136,7 @@ class Encoder:
                 return self._completion(row, prompt, completion, images, see)
             chats = [self._answered(prompt, completion, "completion", row.folder)]
         else:
-            chats = [_resolved(written.read(values["messages"]), row.folder)]
+            chats = [_resolved(self._read(values["messages"]), row.folder)]
         made = [self._chat(chat, images, see, last=form != "messages") for chat in chats]
         samples = tuple(sample for sample, _ in made)
         return [Item(row, samples)], int(any(cut for _, cut in made))
@@ -160,14 +162,15 @@ class Encoder:
         for part, what in ((turns, "prompt"), (answers, name)):
             if not isinstance(part, Sequence) or isinstance(part, bytes) or not part:
                 raise PromptError(what, got=type(part).__name__, want="a text or messages")
-        return _resolved(written.read([*turns, *answers]), folder)
+        return _resolved(self._read([*turns, *answers]), folder)
 
     def _chat(self, chat: Any, images: list[Any], see: See, *, last: bool) -> tuple[Sample, bool]:
         """
         Args:
             last: only the last answer counts.
         """
-        written.check_roles(chat)
+        if not self._own:
+            written.check_roles(chat)
         roles = [message.get("role") for message in chat]
         answers = [n for n, role in enumerate(roles) if role in ("assistant", "model")]
         if not answers or answers[-1] != len(roles) - 1:
@@ -179,15 +182,31 @@ class Encoder:
         if missing > 0:
             chat = _with_pictures(chat, missing)
         prompt = self.processor.prepare(chat, images, special=False, add_generation_prompt=False)
-        tokens = np.array(prompt.tokens, np.int32)
         runs = self._answers(prompt)
+        found = [prompt.tokens[start:stop] for start, stop in runs]
+        if self._own and found != [self._given(chat[number]) for number in answers]:
+            # TranslateGemma's puts a line of blanks before past answers, which is not to be learnt
+            if not last and len(answers) > 1:
+                raise PromptError(
+                    "answers", got=f"{len(answers)}, which the template writes otherwise than the model gives them",
+                    want="one", do="make a line of each, with what was said before",
+                )  # fmt: skip
+            prompt = self.processor.prepare(chat[:-1], images, special=False)
+            ids = [*prompt.tokens, *self._given(chat[-1])]
+            return self._sample(np.array(ids, np.int32), np.arange(len(ids)) >= len(prompt.tokens), prompt, see)
         if len(runs) != len(answers):
             raise PromptError("answers", got=f"{len(runs)} turns of the model", want=f"{len(answers)}")
+        tokens = np.array(prompt.tokens, np.int32)
         counts = np.zeros(len(tokens), bool)
         for start, stop in runs[-1:] if last else runs:
             counts[start:stop] = True
         end = runs[-1][1]
         return self._sample(tokens[:end], counts[:end], prompt, see)
+
+    def _given(self, message: Mapping[str, Any]) -> list[int]:
+        """An answer as the model gives it, to the end of its turn."""
+        text = "".join(item.get("text", "") for item in written.items(message["content"]))
+        return [*self.processor.tokenizer.encode(text.strip(), special=False), self._end]
 
     def _answers(self, prompt: Prompt) -> list[tuple[int, int]]:
         """Where the model's turns stand: what follows their opening, with the token that ends them."""

@@ -225,7 +225,9 @@ def _encoded(
 def _encoder(checkpoint: Checkpoint, chosen: Settings) -> Encoder:
     config = checkpoint.config
     most = min(chosen.max_length, config.text.max_position_embeddings)
-    processor = Processor(checkpoint.tokenizer(), config, no_pictures=checkpoint.no_pictures)
+    processor = Processor(
+        checkpoint.tokenizer(), config, no_pictures=checkpoint.no_pictures, template=checkpoint.template
+    )
     return Encoder(processor, config, instruct=checkpoint.instruct, max_length=most, loss_on=chosen.loss_on)
 
 
