@@ -59,8 +59,8 @@ def runner_of(kind: str, model: Gemma3) -> Watched:
 class Writer:
     """A conversation of ids and pictures that is asked again and again, and what must come of it."""
 
-    def __init__(self, runner: Runner, seed: int) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, runner: Runner, seed: int, *, greedy: bool = False) -> None:
+        self.random, self.settings = random.Random(seed), SETTINGS[:2] if greedy else SETTINGS
         self.runner, self.timeline = runner, Timeline(runner, runner.make_caches(), snapshot_bytes=1 << 30)
         self.prompt, self.pictures = Tokens(()), dict[str, np.ndarray]()
         self.row: Row | None = None
@@ -86,7 +86,7 @@ class Writer:
                 lambda n: features.get(self.runner, name := self.prompt.digests[n], self.pictures[name]),
                 self.random.choice([3, 7, 100]),
             )
-        chosen = self.random.choice(SETTINGS)
+        chosen = self.random.choice(self.settings)
         self.sampling = Sampling(
             temperature=chosen.temperature,
             top_k=chosen.top_k,

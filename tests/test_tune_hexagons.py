@@ -19,12 +19,12 @@ def test_the_demo_does_not_know_hexagons() -> None:
 
 @pytest.mark.slow
 def test_it_learns_them_and_keeps_what_it_knew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 steps instead of 320, of a fifth of the pictures."""
+    """200 steps instead of 480, of a third of the pictures."""
     monkeypatch.setenv("MLX_GEMMA3_CACHE", str(tmp_path / "cache"))
-    hexagons.write(tmp_path / "data", seed=1, new=200, old=500)
+    hexagons.write(tmp_path / "data", seed=1, new=400, old=1200)
     report = g3.tune(
-        "demo", tmp_path / "data", tmp_path / "out", steps=100, batch_size=32, learning_rate=3e-3, examples=0
+        "demo", tmp_path / "data", tmp_path / "out", steps=200, batch_size=32, learning_rate=3e-3, examples=0
     )
     assert report.bytes <= 500_000
     new, old = hexagons.measure(str(tmp_path / "out"), seed=hexagons.TEST_SEED, count=40, old=90)
-    assert new >= 0.8 and old >= 0.85
+    assert new >= 0.7 and old >= 0.9
