@@ -178,7 +178,8 @@ class Running:
             if (found := next(self._events)) is not None:
                 return found
             try:
-                await asyncio.wait_for(arrived.wait(), max(0.0, until - loop.time()))
+                async with asyncio.timeout_at(until):  # wait_for of Python 3.11 may lose a cancellation
+                    await arrived.wait()
             except TimeoutError:
                 return None
 

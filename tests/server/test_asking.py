@@ -121,6 +121,26 @@ def test_a_client_that_goes_away_cancels_and_one_that_is_slow_is_waited_for() ->
     assert len(sent) == 4 and channel.cancelled and running.closed
 
 
+@pytest.mark.parametrize("turns", range(8))
+def test_a_cancellation_is_not_lost_to_an_event_that_comes_with_it(turns: int) -> None:
+    """As asyncio.wait_for of Python 3.11 loses it: the answer would be written to its end for nobody."""
+    _, running, (channel,) = begun(1)
+
+    async def serve() -> None:
+        task = asyncio.ensure_future(running.replies())
+        await asyncio.sleep(0.05)
+        channel.put(text("word"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=2)
+        assert task.cancelled()
+
+    asyncio.run(serve())
+    running.close()
+    assert channel.cancelled
+
+
 def test_a_client_that_is_gone_before_the_first_byte_leaves_nothing_in_work() -> None:
     service, running, (channel,) = begun(1)
     asked = ChatRequest.model_validate({"messages": [{"role": "user", "content": "a"}], "stream": True})
