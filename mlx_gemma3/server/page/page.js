@@ -101,6 +101,7 @@ async function answerLast(conversation) {
       if (!(error instanceof Lost || error instanceof Refused)) console.error(error);
     }
   }
+  await save(conversation); // what is shown as ended is there after a reload
   running.delete(conversation.id);
   await finished(conversation, turn);
 }
@@ -123,7 +124,6 @@ async function finished(conversation, turn) {
     const said = turn.text ? `Answer: ${views.at(-1)?.text.textContent}` : "Stopped";
     tell(turn.error ? `Error: ${turn.error}` : said);
   }
-  await save(conversation);
   await drawList();
 }
 
