@@ -20,6 +20,18 @@ from mlx_gemma3.convert import converter, output
 from mlx_gemma3.errors import OutputError
 
 COMMAND = [sys.executable, "-W", "error", "-m", "mlx_gemma3.cli", "convert"]
+# Writes so slowly that a signal comes in the middle, however busy the machine.
+SLOW = """
+import time
+from mlx_gemma3.convert.writer import Shard
+write = Shard.write
+def slow(*given):
+    time.sleep(0.05)
+    return write(*given)
+Shard.write = slow
+from mlx_gemma3.cli import main
+main()
+"""
 
 
 def names(folder: Path) -> list[str]:
@@ -138,16 +150,14 @@ def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_an_end_from_outside_leaves_nothing(slow_source: Path, tmp_path: Path, number: int) -> None:
-    words = [*COMMAND, str(slow_source), str(tmp_path / "out"), "--preset", "small", "--quiet"]
-    for _ in range(5):  # a busy machine may sleep between the look and the signal until all is written
-        child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while not list(tmp_path.glob(".out.*/*.safetensors")) and child.poll() is None:
-            time.sleep(0.001)
-        child.send_signal(number)
-        error = child.communicate(timeout=60)[1]
-        if (child.returncode, error) != (0, b""):
-            break
-        shutil.rmtree(tmp_path / "out")
+    words = [sys.executable, "-W", "error", "-c", SLOW, "convert", str(slow_source), str(tmp_path / "out")]
+    words += ["--preset", "small", "--quiet"]
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not list(tmp_path.glob(".out.*/*.safetensors")):
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(number)
+    error = child.communicate(timeout=60)[1]
     if number == signal.SIGKILL:
         [left] = tmp_path.iterdir()
         replaced = tmp_path / left.name.replace("converting", "replaced")

@@ -83,8 +83,7 @@ def run(host: Path, model: Path, folder: Path, requests: int, ending: str, *, se
 
 
 @pytest.mark.parametrize(
-    ("ending", "requests"),
-    [pytest.param("close", 50, marks=pytest.mark.slow), ("finalize", 12), ("leave", 12)],
+    ("ending", "requests"), [pytest.param("close", 50, marks=pytest.mark.slow), ("finalize", 24), ("leave", 24)]
 )
 def test_eight_threads_of_a_host_lose_nothing_whatever_the_end(
     checked: Path, chat_folder: Path, tmp_path: Path, ending: str, requests: int

@@ -167,7 +167,7 @@ def test_packed_rows_come_back_as_they_were(kv_bits: int, local_kv_bits: int, tm
         plain.session(resume=tmp_path / "talk")
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_whatever_was_said_and_taken_back_is_read_again(
     engine: g3.Engine, count: int, tmp_path: Path, folder: Path
 ) -> None:

@@ -284,3 +284,8 @@ def test_a_checkpoint_with_a_template_of_its_own_learns_its_own_turns(tmp_path: 
         told = "answers: got 2, .* make a line of each" if kind == "translategemma" else "two turns of user at 1"
         with pytest.raises(DataError, match=f"line 1: .*{told}"):
             g3.tune(tmp_path / kind, data, tmp_path / "out", steps=1)
+    calls = [{"function": {"name": "look", "arguments": {}}}]
+    data.write_text(json.dumps({"messages": [user("a"), {**said("b"), "tool_calls": calls}]}), encoding="utf-8")
+    tiny_family.write(tmp_path / "functiongemma", "functiongemma")
+    with pytest.raises(DataError, match="line 1: message 2: tool_calls"):
+        g3.tune(tmp_path / "functiongemma", data, tmp_path / "out", steps=1)

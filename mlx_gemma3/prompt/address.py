@@ -76,13 +76,12 @@ def opened(source: Any, progress: Progress | None = None) -> tuple[Any, str | No
         return _data(source), None
     if scheme == "file":
         parts = urlsplit(source)
-        if parts.netloc in (".", "..", "~"):  # no address, but what people write
-            return Path(os.fsdecode(unquote_to_bytes(parts.netloc + parts.path))), None
-        if parts.netloc not in ("", "localhost"):
+        begins = "" if parts.netloc == "localhost" else parts.netloc
+        if begins not in ("", ".", "..", "~"):  # the last three are no address, but what people write
             raise PromptError(
                 f"picture {source}", got=f"a file of the machine {parts.netloc}", want="one of this machine"
             )
-        return Path(os.fsdecode(unquote_to_bytes(parts.path))), None
+        return Path(os.fsdecode(unquote_to_bytes(begins + parts.path))), None
     if scheme and source[len(scheme) + 1 :].startswith("//"):
         raise PromptError(
             f"picture {_shown(source)}", got=f"an address of kind {scheme}", want="https, http, data or file"

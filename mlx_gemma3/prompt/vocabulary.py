@@ -150,7 +150,7 @@ def _read_sentencepiece(path: Path) -> Vocabulary:
     pieces, scores, kinds = [], [], []
     settings: dict[int, dict[int, Any]] = {2: {}, 3: {}}
     try:
-        for number, value in fields(_model_bytes(path), _MOST_PIECES + 100):
+        for number, value in list(fields(_model_bytes(path), _MOST_PIECES + 100)):  # too many: none is looked into
             if number == 1:
                 entry = dict(fields(value, 4))
                 pieces.append(entry[1].decode("utf-8"))

@@ -120,9 +120,7 @@ class _Answer:
             async for found in self._running.events():
                 if found is None or found[1]["kind"] == "pending":
                     yield event("ping")
-                elif found[1]["kind"] == "thinking":
-                    if not self._thinks:
-                        continue
+                elif found[1]["kind"] == "thinking" and self._thinks:
                     if not thoughts:
                         thoughts, open_block = 1, 0
                         block = {"type": "thinking", "thinking": "", "signature": ""}

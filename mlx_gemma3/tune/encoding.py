@@ -178,13 +178,16 @@ class Encoder:
         for number in answers:
             if not _has_words(chat[number].get("content")):
                 raise PromptError(f"message {number + 1}", got="no words", want="an answer")
+            if chat[number].get("tool_calls"):
+                raise PromptError(
+                    f"message {number + 1}: tool_calls", got="a value", want="words, for calls are not learnt"
+                )
         missing = len(images) - sum(item.get("type") == "image" and "image" not in item for item in _items(chat))
         if missing > 0:
             chat = _with_pictures(chat, missing)
         prompt = self.processor.prepare(chat, images, special=False, add_generation_prompt=False)
         runs = self._answers(prompt)
-        found = [prompt.tokens[start:stop] for start, stop in runs]
-        if self._own and found != [self._given(chat[number]) for number in answers]:
+        if self._own and [prompt.tokens[start:stop] for start, stop in runs] != [self._given(chat[n]) for n in answers]:
             # TranslateGemma's puts a line of blanks before past answers, which is not to be learnt
             if not last and len(answers) > 1:
                 raise PromptError(
@@ -213,7 +216,7 @@ class Encoder:
         tokens, found = prompt.tokens, []
         for place, token in enumerate(tokens):
             first = place + 1 + len(self._opening)
-            if token == self._turn and tokens[place + 1 : first] == self._opening:
+            if token == self._turn and tokens[place + 1 : first] == self._opening and self._end in tokens[first:]:
                 found.append((first, tokens.index(self._end, first) + 1))
         return found
 

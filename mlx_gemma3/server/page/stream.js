@@ -28,7 +28,8 @@ export async function models() {
 /** The events of one answer, in order.
 
   {kind: "progress", stage: "reading" | "pictures", done, total} · {kind: "thinking", text}: before the answer, by
-  models that think · {kind: "text", text} · and, as the last, {kind: "end", finish, usage, timings}. Raises Refused, Lost, and AbortError when the signal says so. */
+  models that think · {kind: "text", text} · and, as the last, {kind: "end", finish, usage, timings}. Raises Refused,
+  Lost, and AbortError when the signal says so. */
 export async function* answer(asked, signal) {
   const response = await request("v1/chat/completions", {
     method: "POST",
