@@ -16,6 +16,7 @@ import pytest
 import random_model
 import tiny
 import typer
+from memory_held import start_measuring
 from typer.testing import CliRunner
 
 from mlx_gemma3.checkpoint.load import load_model, open_checkpoint
@@ -276,9 +277,7 @@ def growth(runner: Runner, held: Callable[[Any], Any]) -> tuple[int, int]:
     kept = None
     for _ in range(10):  # all that a step needs was allocated once
         next(steps)
-    mx.synchronize()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = start_measuring()
     for _ in steps:
         kept = held(caches)
     mx.synchronize()

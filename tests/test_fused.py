@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from memory_held import start_measuring
 from mlx.utils import tree_flatten
 from random_model import WINDOW, random_model, random_pictures, tiny_config, tokens_with_pictures
 
@@ -119,8 +120,7 @@ def test_one_graph_is_compiled_for_all_layers_and_holds_no_weights(monkeypatch: 
         return norm(*args)
 
     monkeypatch.setattr(mx.fast, "rms_norm", counted)
-    mx.synchronize()
-    before = mx.get_active_memory()
+    before = start_measuring()
     model = packed("plain")
     runner = Runner(model, gpu_kernels())
     caches = runner.make_caches()
@@ -165,7 +165,7 @@ def test_what_between_raises_leaves_the_plain_model() -> None:
 def test_nothing_is_held_twice(kind: str) -> None:
     model = packed(kind)
     mx.eval(model.parameters())
-    before = mx.get_active_memory()
+    before = start_measuring()
     runner = on_device(model)
     mx.synchronize()
     mx.clear_cache()
@@ -235,9 +235,7 @@ def test_on_the_cpu_a_picture_holds_no_scores_but_a_block(monkeypatch: pytest.Mo
     scores = 512 * 512 * 4  # bytes, of one head
 
     def peak(attend: Callable[..., mx.array]) -> int:
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = start_measuring()
         mx.eval(attend(q, k, v, 0.25))
         return mx.get_peak_memory() - before
 
@@ -266,8 +264,7 @@ def test_decoding_copies_no_cache() -> None:
             layer.append(mx.zeros((1, 4, 20_000, 16)))
         mx.eval(caches.arrays)
         mx.eval(runner.step(mx.array([1]), [caches]))
-        mx.reset_peak_memory()
-        before, held = mx.get_active_memory(), []
+        before, held = start_measuring(), []
         for token in range(100):
             if hold:
                 held = [part[...] for part in caches.arrays]

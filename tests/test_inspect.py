@@ -14,6 +14,7 @@ import tiny
 import tiny_gguf
 import tiny_tokenizer
 import typer
+from memory_held import start_measuring
 from typer.testing import CliRunner
 
 from mlx_gemma3.checkpoint import memory
@@ -165,8 +166,7 @@ def test_27b_is_inspected_without_reading_a_weight(run: Run, tmp_path: Path) -> 
     """A 54.9 GB file of headers and a hole: 27B in bfloat16, and nothing in memory afterwards."""
     folder = tmp_path / "gemma-3-27b-it"
     write_hollow_27b(folder)
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = start_measuring()
     found = about(run, "inspect", folder)
     assert mx.get_peak_memory() - before < 1 << 20
     assert (found["size"], found["parameters"], found["bits_per_weight"]) == ("27B", 27_432_406_640, 16)

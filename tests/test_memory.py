@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_gguf
+from memory_held import start_measuring
 from mlx.utils import tree_flatten, tree_map
 from random_model import random_model, tiny_config
 
@@ -266,12 +267,6 @@ def test_vision_peak_is_inside_the_estimate(dtype: mx.Dtype) -> None:
     mx.eval(model.encode_images(pixels))
     peak, need = mx.get_peak_memory() - before, memory.vision_bytes(config, dtype_bytes=dtype.size, fused=False)
     assert need / 2 < peak <= need
-
-
-def start_measuring() -> int:
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    return mx.get_active_memory()
 
 
 def test_estimate_adds_up_and_counts_the_larger_working_memory() -> None:

@@ -12,6 +12,7 @@ import tiny
 import tiny_adapter
 import tiny_gguf
 from machines import together
+from memory_held import start_measuring
 from mlx.utils import tree_flatten
 
 from mlx_gemma3.checkpoint.adapter import read_adapter
@@ -158,7 +159,7 @@ def test_a_machine_holds_its_part_and_what_is_said_to_be_repeated(
     def measured(shard: Shard) -> Counter[str]:
         """Bytes by what becomes of them."""
         counts: Counter[str] = Counter()
-        before = mx.get_active_memory()
+        before = start_measuring()
         model = load_model(folder, dtype="float32", shard=shard)
         mx.eval(model.parameters())
         for name, array in tree_flatten(model.parameters()):

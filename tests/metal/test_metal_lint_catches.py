@@ -12,6 +12,7 @@ from zipfile import ZipFile
 import mlx.core as mx
 import numpy as np
 import pytest
+from memory_held import start_measuring
 from metal_models import caches_after, empty_model, gpu_runner
 from metal_rules import Stage, Table, attention_path, check, outdated, too_many_dispatches
 from metal_trace import HostRead, Spec, Trace, kernels_of, without_storage
@@ -317,7 +318,7 @@ def test_kernels_that_came_and_went_are_printed(capsys: pytest.CaptureFixture[st
 
 
 def test_weights_without_storage_take_none() -> None:
-    before = mx.get_active_memory()
+    before = start_measuring()
     with Trace():
         runner = gpu_runner(empty_model(SIZES["27B"], bits=None))
     assert isinstance(runner, Runner) and mx.get_active_memory() - before < 50 << 20
