@@ -59,6 +59,7 @@ A, B = named("lora_A.weight"), named("lora_B.weight")
 OTHER = {"base_model.model.model.embed_tokens.weight": np.ones((2, 2), np.float32)}
 EMBEDDING = {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 2), np.float32)}
 HEAD = {"base_model.model.lm_head.lora_A.weight": np.ones((3, 64), np.float32)}
+PROJECTOR = {"base_model.model.model.multi_modal_projector.lora_A.weight": np.ones((3, 64), np.float32)}
 DEEP = {A.replace("layers.0", "layers.30"): np.ones((3, 64), np.float32)}
 
 
@@ -81,7 +82,10 @@ WRONG: list[tuple[str, Change, list[str]]] = [
     ("PEFT", said(lora_bias=True), ["lora_bias: got True"]),
     ("PEFT", said(alora_invocation_tokens=[5]), ["alora_invocation_tokens: got [5]"]),
     ("PEFT", said(trainable_token_indices=[5]), ["trainable_token_indices: got [5]"]),
-    ("PEFT", said(target_parameters=["mm_input_projection_weight"]), ["target_parameters: got"]),
+    ("PEFT", said(target_parameters=["mlp.down_proj"]), ["target_parameters: got ['mlp.down_proj']"]),
+    ("PEFT", said(target_parameters=["mm_input_projection_weight", "x"]), ["target_parameters: got"]),
+    ("PEFT", said(target_parameters="mm_input_projection_weight"), ["target_parameters: got"]),
+    ("PEFT", held(lambda t: t.update(PROJECTOR)), ["projector", "got a matrix that the model has not"]),
     ("PEFT", said(layer_replication=[[0, 4]]), ["layer_replication: got [[0, 4]]"]),
     ("PEFT", said(something_new={"a": 1}), ["something_new: got {'a': 1}, want none: it is not computed here"]),
     ("PEFT", said(init_lora_weights="pissa"), ["init_lora_weights: got 'pissa'", "gaussian"]),

@@ -92,8 +92,13 @@ def test_one_that_was_killed_goes_on_with_the_same_losses(data: Path, tmp_path: 
     assert rows(whole) == rows(cut)
 
 
-@pytest.mark.parametrize(("kind", "tower"), [("lora", False), pytest.param("dora", True, marks=pytest.mark.slow)])
-def test_an_adapter_says_the_same_at_run_time_and_melted_in(data: Path, tmp_path: Path, kind: str, tower: bool) -> None:
+@pytest.mark.parametrize("how", [
+    {},
+    {"projector": True},
+    pytest.param({"kind": "dora", "tower": True}, marks=pytest.mark.slow),
+    pytest.param({"projector": True, "tower": True}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_an_adapter_says_the_same_at_run_time_and_melted_in(data: Path, tmp_path: Path, how: dict[str, Any]) -> None:
     kept: list[run.Training] = []
 
     class Kept(run.Training):
@@ -102,7 +107,7 @@ def test_an_adapter_says_the_same_at_run_time_and_melted_in(data: Path, tmp_path
             kept.append(self)
 
     with patch.object(run, "Training", Kept):
-        report = g3.tune("demo", data / "train.jsonl", tmp_path / "out", kind=kind, tower=tower, **QUICK)
+        report = g3.tune("demo", data / "train.jsonl", tmp_path / "out", **how, **QUICK)
     assert report.loss < 12 and report.bytes == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
     plain = g3.convert("demo", tmp_path / "plain", dequantize=True, dtype="float32")
     melted = g3.convert(
@@ -144,7 +149,7 @@ def prompt_rows(training: run.Training, item: encoding.Item) -> tuple[mx.array, 
     before, _ = encoding.prompt_of(item.samples[0])
     caches = training.trainee.model.make_caches()
     features = training.pictures.rows([item], [before])
-    return *training.trainee.model.embed(before.tokens[None], features, caches, before.spans), caches
+    return *training.trainee.embed(before.tokens[None], features, caches, before.spans), caches
 
 
 def run_greedy(training: run.Training, item: encoding.Item) -> list[int]:
@@ -334,7 +339,9 @@ def test_memory_is_estimated_first_and_what_would_fit_is_named(data: Path, tmp_p
         ({"rank": 0}, "rank"), ({"kind": "full"}, "kind"), ({"matrices": "q_proj,x_proj"}, "matrices"),
         ({"layers": 99}, "layers"), ({"learning_rate": 0.0}, "learning_rate"), ({"loss_on": "user"}, "loss_on"),
         ({"max_length": 2}, "max_length"), ({"valid_share": 1.0}, "valid_share"), ({"nothing": 1}, "nothing"),
-        ({"form": "gguf"}, "form"), ({"resume": True}, "state"), ({"batch_tokens": 1}, "batch_tokens"),
+        ({"form": "gguf"}, "form"), ({"projector": True, "kind": "dora"}, "projector: got kind dora"),
+        ({"projector": True, "form": "mlx-lm"}, "projector: got form mlx-lm"),
+        ({"resume": True}, "state"), ({"batch_tokens": 1}, "batch_tokens"),
         ({"resume": True, "overwrite": True}, "resume and overwrite"),
     ],
 )  # fmt: skip
@@ -344,7 +351,8 @@ def test_a_setting_out_of_range_is_named(data: Path, tmp_path: Path, how: dict[s
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tower_without_pictures_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["tower", "projector"])
+def test_a_tower_without_pictures_is_refused(tmp_path: Path, what: str) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "a star"}', encoding="utf-8")
-    with pytest.raises(OptionError, match="without pictures"):
-        g3.tune("demo", tmp_path / "data.jsonl", tmp_path / "out", tower=True)
+    with pytest.raises(OptionError, match=f"^{what}: got data without pictures"):
+        g3.tune("demo", tmp_path / "data.jsonl", tmp_path / "out", **{what: True})

@@ -69,6 +69,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "item video": (chat(user([{"type": "video"}]), said("x")), "video"),
     "item without type": (chat(user([{"words": "x"}]), said("x")), "no type"),
     "text item number": (chat(user([{"type": "text", "text": 3}]), said("x")), "text"),
+    "thoughts": (chat(user("Hi"), {**said("x"), "reasoning_content": "Hm."}), "reasoning_content"),
+    "thoughts by another name": (chat(user("Hi"), {**said("x"), "thinking": "Hm."}), "thinking"),
     "tool calls": (chat(user("Hi"), {**said("x"), "tool_calls": [{"name": "f"}]}), "tool_calls"),
     # answers
     "empty answer": (chat(user("Hi"), said("")), "no words"),

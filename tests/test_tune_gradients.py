@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent
 FOLDER = TESTS / "goldens" / "model" / "image"
 STORED = TESTS / "goldens" / "gradients" / "adapters.npz"
 BATCH = ("image_middle", "three_interleaved", "text_only")  # as make_gradient_goldens.py has it
-SHAPE = {"rank": 3, "alpha": 6.0, "tower": True}
+SHAPE = {"rank": 3, "alpha": 6.0, "tower": True}  # of LoRA the projector too
 SAMPLES = 16
 
 
@@ -38,7 +38,7 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def gradients(kind: str, *, plain: bool = False, checkpointing: bool = False) -> tuple[float, dict[str, np.ndarray]]:
     """The loss of the batch, and each parameter's gradient."""
     model = load_model(FOLDER, dtype="float32")
-    layers.insert(model, layers.Shape(kind=kind, **SHAPE), seed=0)
+    layers.insert(model, layers.Shape(kind=kind, projector=kind == "lora", **SHAPE), seed=0)
     values = {name: mx.array(drawn(name, value.shape)) for name, value in layers.parameters(model).items()}
     lengths = {name: value for name, value in layers.parameters(model).items() if name.endswith(".m")}
     layers.put(model, values | {name: value * (1 + values[name]) for name, value in lengths.items()})

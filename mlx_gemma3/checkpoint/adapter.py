@@ -19,7 +19,7 @@ import mlx.nn as nn
 from ..boundary.reading import read_json
 from ..config import Config
 from ..errors import CheckpointError, ConfigError, SourceNotFound
-from ..model.adapter import Adapter, LowRank
+from ..model.adapter import PROJECTOR, Adapter, LowRank
 from ..model.gemma3 import Gemma3
 from ..visible import listed
 from .adapter_forms import Form, MLXForm, PEFTForm
@@ -161,7 +161,7 @@ class _Fit:
     def check(self, module: str, infos: Mapping[str, TensorInfo], form: Form) -> None:
         """Raises CheckpointError: not a matrix of the model, not whole, or of another shape."""
         where = f"{self.weights}: {module}"
-        if module not in self.shapes:
+        if module not in self.shapes or (module == PROJECTOR and not form.projector):
             raise CheckpointError(where, got=self._other(module), want=self._want(), do=self.made_for)
         wanted = {"a", "b", "m"} if form.dora else {"a", "b"}
         if infos.keys() != wanted:
@@ -196,13 +196,16 @@ class _Fit:
 
 
 def _shapes(config: Config) -> dict[str, tuple[int, int]]:
-    """(out, in) of each matrix that an adapter may be for."""
-    modules = Gemma3(config).named_modules()
-    return {
+    """(out, in) of each matrix that an adapter may be for; of the projector's (in, out)."""
+    model = Gemma3(config)
+    found = {
         path: module.weight.shape
-        for path, module in modules
+        for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and path.startswith(_ADAPTED)
     }
+    if config.vision is not None:
+        found[PROJECTOR] = model.multi_modal_projector.mm_input_projection_weight.shape
+    return found
 
 
 def _term(weights: Path, arrays: Mapping[str, mx.array], form: Form, scale: float) -> LowRank:

@@ -2,6 +2,7 @@
 
     PEFT      base_model.model.M.lora_A.weight (r, in), lora_B (out, r), lora_magnitude_vector (out,)
               scale alpha / r, rsLoRA alpha / √r, each by the module's name (rank_pattern, alpha_pattern)
+              target_parameters: the projector's matrix (in, out); its pair has its module's name, A (r, out)
     mlx-lm    M.lora_a (in, r), M.lora_b (r, out), M.m (out,); the scale as the config says it. mlx-vlm writes so too
     mlx-vlm   before 0.7: M.A (in, r), M.B (r, out); scale alpha / rank, as mlx-vlm 0.7 reads these
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import CheckpointError, ConfigError
+from ..model.adapter import PROJECTOR
 from .safetensors import TensorInfo
 
 _MERGE = "merge it into the model with PEFT: merge_and_unload() and save_pretrained()"
@@ -40,6 +42,7 @@ class Form(Protocol):
     dora: bool
     turned: bool  # its matrices are (in, r) and (r, out)
     parts: Mapping[str, str]  # what "a", "b" and "m" are called
+    projector: bool  # whether the projector's matrix is one of its matrices
 
     def parse(self, name: str) -> tuple[str, str]:
         """The module's name and the part, "a", "b" or "m", of a tensor. Raises CheckpointError: it is neither."""
@@ -77,8 +80,14 @@ class PEFTForm:
                 want="none: whole matrices cannot stand beside the model's",
                 do=_MERGE,
             )
+        self.projector = _means_projector(config.get("target_parameters"))
         for name, value in config.items():
-            known = name in _HARMLESS or name.startswith("_") or name.endswith("_version")
+            known = (
+                name in _HARMLESS
+                or (name == "target_parameters" and self.projector)
+                or name.startswith("_")
+                or name.endswith("_version")
+            )
             if not known and value and not (name == "bias" and value == "none"):
                 raise ConfigError(
                     f"{where}: {name}", got=_short(value), want="none: it is not computed here", do=_MERGE
@@ -99,7 +108,9 @@ class PEFTForm:
     def parse(self, name: str) -> tuple[str, str]:
         """See Form."""
         if (found := self._tensor.fullmatch(name)) is not None and "lora_embedding" not in name:
-            return found[1], {"A": "a", "B": "b"}.get(found[2], "m")
+            stem, _, parameter = PROJECTOR.rpartition(".")
+            module = f"{found[1]}.{parameter}" if self.projector and found[1].endswith(stem) else found[1]
+            return module, {"A": "a", "B": "b"}.get(found[2], "m")
         what = "an adapter of the embedding" if "lora_embedding" in name else "a whole tensor beside those of LoRA"
         raise CheckpointError(f"{self.where.parent}: {name}", got=what, want=", ".join(self.parts.values()), do=_MERGE)
 
@@ -120,7 +131,7 @@ class PEFTForm:
 class MLXForm:
     """mlx-lm's, which mlx-vlm writes too, and what mlx-vlm wrote before."""
 
-    turned = True
+    turned, projector = True, False
 
     def __init__(self, where: Path, config: Mapping[str, Any]) -> None:
         """
@@ -168,6 +179,12 @@ class MLXForm:
             want = f"{rank}, which its tensors have"
             raise ConfigError(f"{self.where}: rank of {module}", got=f"{self._rank:g}", want=want)
         return self._scale
+
+
+def _means_projector(targets: object) -> bool:
+    """Whether PEFT would find the projector's matrix by each of these names, which are ends of whole ones."""
+    whole = f".model.{PROJECTOR}"
+    return isinstance(targets, list) and bool(targets) and all(whole.endswith(f".{name}") for name in targets)
 
 
 def _first(patterns: Mapping[re.Pattern[str], float], module: str, otherwise: float) -> float:

@@ -31,6 +31,7 @@ def tune(
     matrices: Annotated[str, typer.Option(help="all, attention, mlp, or names as q_proj,v_proj.")] = "all",
     layers: Annotated[int | None, typer.Option(help="The last ones alone.", show_default="all")] = None,
     tower: Annotated[bool, typer.Option("--tower", help="The vision tower learns too.")] = False,
+    projector: Annotated[bool, typer.Option("--projector", help="The matrix between tower and decoder too.")] = False,
     steps: Annotated[int | None, typer.Option(help="Of the optimizer.", show_default="epochs")] = None,
     epochs: Annotated[float, typer.Option(help="Times that all data is learnt.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Examples that go through the model together.")] = 4,
@@ -69,10 +70,10 @@ def tune(
     with _stopping() as stop:
         report = run(
             model, data, out, valid=valid, valid_share=valid_share, rank=rank, alpha=alpha, kind=kind,
-            matrices=matrices, layers=layers, tower=tower, steps=steps, epochs=epochs, batch_size=batch_size,
-            batch_tokens=batch_tokens, accumulate=accumulate, learning_rate=learning_rate, warmup=warmup,
-            weight_decay=weight_decay, clip=clip, max_length=max_length, loss_on=loss_on, prompt=prompt, beta=beta,
-            eval_every=eval_every, save_every=save_every, patience=patience, examples=examples,
+            matrices=matrices, layers=layers, tower=tower, projector=projector, steps=steps, epochs=epochs,
+            batch_size=batch_size, batch_tokens=batch_tokens, accumulate=accumulate, learning_rate=learning_rate,
+            warmup=warmup, weight_decay=weight_decay, clip=clip, max_length=max_length, loss_on=loss_on, prompt=prompt,
+            beta=beta, eval_every=eval_every, save_every=save_every, patience=patience, examples=examples,
             checkpointing=checkpointing, picture_cache=read_size("--picture-cache", picture_cache), form=form,
             seed=seed, dtype=dtype, resume=resume, overwrite=overwrite, progress=shown, stop=stop,
         )  # fmt: skip

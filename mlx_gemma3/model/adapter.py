@@ -4,6 +4,7 @@
     DoRA    y_o = m_o / |row o of W + B A| of that   m (out,): each row has a length of its own
     bias    of the tower's matrices: is added after all that
 
+The projector's matrix stands the other way round, W (in, out), and so do its two: y = x W + (x B) A, never DoRA.
 This is the rule, as plain modules: `attach` puts them into a model. adapter_terms.py is what a loaded model runs on.
 Sources: PEFT 0.21, tuners/lora/layer.py and dora.py; mlx-lm 0.32, tuner/lora.py and dora.py.
 """
@@ -19,6 +20,9 @@ import mlx.nn as nn
 from ..config import TextConfig
 from .gemma3 import Gemma3
 from .shard import Shard
+from .vision import PLAIN, Projector, TowerKernels
+
+PROJECTOR = "multi_modal_projector.mm_input_projection_weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +48,7 @@ class LowRank:
         return rows if self.magnitude is None else rows * (self.magnitude[part] / lengths(rows))[:, None]
 
 
-Adapter = Mapping[str, LowRank]  # by the module's path: "language_model.layers.0.self_attn.q_proj"
+Adapter = Mapping[str, LowRank]  # by the module's path, "language_model.layers.0.self_attn.q_proj"; or PROJECTOR
 
 
 class AdaptedLinear(nn.Module):
@@ -70,13 +74,33 @@ class AdaptedLinear(nn.Module):
         return y if bias is None else y + bias
 
 
+class AdaptedProjector(nn.Module):
+    """The projector, and what an adapter does to its matrix."""
+
+    def __init__(self, base: Projector, term: LowRank, dtype: mx.Dtype) -> None:
+        """
+        Args:
+            dtype: of the activations.
+        """
+        super().__init__()
+        self.base = base
+        self.lora_a, self.lora_b = term.a.astype(dtype), term.b.astype(dtype)
+
+    def __call__(self, x: mx.array, kernels: TowerKernels = PLAIN) -> mx.array:
+        rows = self.base.pool(x)
+        return kernels.project(self.base, rows) + (rows @ self.lora_b) @ self.lora_a
+
+
 def attach(model: Gemma3, adapter: Adapter) -> None:
     """Let a model's modules compute with an adapter, from now on."""
     modules = dict(model.named_modules())
     dtype = model.language_model.norm.weight.dtype
     for path, term in adapter.items():
         parent, _, name = path.rpartition(".")
-        modules[parent][name] = AdaptedLinear(modules[path], term, dtype)
+        if path == PROJECTOR:
+            model.multi_modal_projector = AdaptedProjector(model.multi_modal_projector, term, dtype)
+        else:
+            modules[parent][name] = AdaptedLinear(modules[path], term, dtype)
     model.eval()
     model.freeze()
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .adapter import Adapter, gain_of
+from .adapter import PROJECTOR, Adapter, gain_of
 from .layers import Linear
-from .vision import TowerKernels
+from .vision import Projector, TowerKernels
 
 Matrix = Any  # as fused.Kernels.matrix makes it
 # What is computed beside one joined matrix: A, B, the slot of each row of A (R,) int32, gains by slot (N + 1, out) or
@@ -181,7 +181,7 @@ def add_product(y: mx.array, x: mx.array, matrix: Matrix) -> mx.array:
 
 
 def adapted_tower(tower: nn.Module, kernels: TowerKernels, adapter: Adapter, dtype: mx.Dtype) -> TowerKernels | None:
-    """The tower's kernels with an adapter; None where it does nothing to the tower.
+    """The tower's kernels with an adapter; None where it does nothing to the tower and the projector.
 
     Args:
         dtype: of the activations.
@@ -193,7 +193,8 @@ def adapted_tower(tower: nn.Module, kernels: TowerKernels, adapter: Adapter, dty
             a, b = term.a.astype(dtype).T, term.b.astype(dtype).T
             mx.eval(a, b)
             terms[id(module)] = (a, b, None if gain is None else gain.astype(dtype))
-    if not terms:
+    projector = adapter.get(PROJECTOR)
+    if not terms and projector is None:
         return None
 
     def multiply(module: nn.Module, x: mx.array) -> mx.array:
@@ -207,7 +208,15 @@ def adapted_tower(tower: nn.Module, kernels: TowerKernels, adapter: Adapter, dty
         bias = module.get("bias", 0)
         return (y - bias + low) * gain + bias
 
-    return TowerKernels(multiply, kernels.attend, kernels.gelu)
+    if projector is None:
+        return replace(kernels, multiply=multiply)
+    down, up = projector.b.astype(dtype), projector.a.astype(dtype)
+    mx.eval(down, up)
+
+    def project(module: Projector, x: mx.array) -> mx.array:
+        return kernels.project(module, x) + (x @ down) @ up
+
+    return replace(kernels, multiply=multiply, project=project)
 
 
 def _plain(weight: mx.array) -> nn.Module:

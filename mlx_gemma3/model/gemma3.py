@@ -190,7 +190,8 @@ class Gemma3(nn.Module):
         """
         pixels = mx.array(pixels)
         rows = [
-            self.multi_modal_projector(self.vision_tower(pixels[n : n + 1], kernels)) for n in range(pixels.shape[0])
+            self.multi_modal_projector(self.vision_tower(pixels[n : n + 1], kernels), kernels)
+            for n in range(pixels.shape[0])
         ]
         return mx.concatenate(rows)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +25,7 @@ class TowerKernels:
     multiply: Callable[[nn.Module, mx.array], mx.array] = lambda module, x: module(x)  # a matrix or convolution of it
     attend: Callable[[mx.array, mx.array, mx.array, float], mx.array] = attend_all
     gelu: Callable[[mx.array], mx.array] = gelu_tanh
+    project: Callable[[Any, mx.array], mx.array] = lambda projector, x: projector.project(x)
 
 
 PLAIN = TowerKernels()
@@ -123,10 +125,19 @@ class Projector(nn.Module):
         self.mm_soft_emb_norm = RMSNorm(vision.hidden_size, vision.layer_norm_eps)
         self.grid, self.side = vision.grid, math.isqrt(config.mm_tokens_per_image)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, kernels: TowerKernels = PLAIN) -> mx.array:
         """(N, patches, hidden) → (N, T, D)"""
+        return kernels.project(self, self.pool(x))
+
+    def pool(self, x: mx.array) -> mx.array:
+        """(N, patches, hidden) → (N, T, hidden), normed"""
         count, _, size = x.shape
         kernel = self.grid // self.side
         x = x.reshape(count, self.side, kernel, self.side, kernel, size)
         pooled = x.astype(mx.float32).mean(axis=(2, 4)).astype(x.dtype)  # float32: the mean of 16 rows rounds once
-        return self.mm_soft_emb_norm(pooled.flatten(1, 2)) @ self.mm_input_projection_weight
+        rows: mx.array = self.mm_soft_emb_norm(pooled.flatten(1, 2))
+        return rows
+
+    def project(self, rows: mx.array) -> mx.array:
+        """(N, T, hidden) → (N, T, D)"""
+        return rows @ self.mm_input_projection_weight

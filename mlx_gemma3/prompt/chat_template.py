@@ -29,7 +29,7 @@ from .vocabulary import START_OF_IMAGE
 if TYPE_CHECKING:
     from .jinja import Program
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _NO_TEMPLATE = (
     "Cannot use chat template functions because tokenizer.chat_template is not set and no template argument was passed!"
@@ -307,7 +307,7 @@ def plain(value: Any) -> Any:
 
 def _reasoned(message: dict[str, Any]) -> dict[str, Any]:
     """A message whose reasoning has the names that templates know it by."""
-    found = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    found = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
@@ -316,7 +316,7 @@ def _tag(message: dict[str, Any], name: str, text: str) -> None:
     said = message.get(name)
     if said is None:
         raise TemplateError(f'continue_final_message is set but the final message has no "{name}" to continue!')
-    names = [one for one in _REASONING if message.get(one) == said] if name in _REASONING else [name]
+    names = [one for one in REASONING if message.get(one) == said] if name in REASONING else [name]
     if not any(one in text for one in names):
         raise TemplateError(
             f'continue_final_message is set to "{name}" but this is not an accepted field in the chat_template'

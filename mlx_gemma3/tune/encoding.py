@@ -21,12 +21,15 @@ import numpy.typing as npt
 from ..config import Config
 from ..errors import DataError, Gemma3Error, PromptError
 from ..prompt import messages as written
+from ..prompt.chat_template import REASONING
 from ..prompt.processor import Processor, Prompt
 from ..prompt.snapshot import pictures as listed_pictures
 from ..prompt.vocabulary import END_OF_TURN, START_OF_IMAGE, START_OF_TURN
 from .data import Data, Problem, Row, form_of, refuse
 from .forward import Sample
 
+# Parts of an answer beside its words, which would be left out in silence.
+_NOT_LEARNT = {"tool_calls": "calls", **dict.fromkeys(REASONING, "thoughts")}
 Pixels = npt.NDArray[np.float32]
 See = Callable[[Pixels], str]  # keeps a picture (S, S, 3) and names it
 
@@ -178,10 +181,10 @@ class Encoder:
         for number in answers:
             if not _has_words(chat[number].get("content")):
                 raise PromptError(f"message {number + 1}", got="no words", want="an answer")
-            if chat[number].get("tool_calls"):
-                raise PromptError(
-                    f"message {number + 1}: tool_calls", got="a value", want="words, for calls are not learnt"
-                )
+            for key, what in _NOT_LEARNT.items():
+                if chat[number].get(key):
+                    want = f"words alone, for {what} are not learnt"
+                    raise PromptError(f"message {number + 1}: {key}", got="a value", want=want)
         missing = len(images) - sum(item.get("type") == "image" and "image" not in item for item in _items(chat))
         if missing > 0:
             chat = _with_pictures(chat, missing)

@@ -23,6 +23,7 @@ import numpy as np
 from ..boundary.writing import refusal, replacing, write_whole
 from ..config import Config
 from ..errors import DataError
+from ..model.adapter import PROJECTOR
 from .layers import Shape, layer_of
 
 COLUMNS = ("step", "loss", "validation", "learning_rate", "tokens", "seconds")
@@ -79,6 +80,11 @@ def _peft(
     arrays, modules = {}, list[str]()
     for path, values in learnt.items():
         module, _, part = path.rpartition(".")
+        if module == "multi_modal_projector.matrix":  # stands the other way round in the Hub's files
+            arrays[f"base_model.model.model.multi_modal_projector.lora_{'B' if part == 'lora_a' else 'A'}.weight"] = (
+                values
+            )
+            continue
         name = f"model.{module}"
         if config.vision is None:
             name = name.replace("model.language_model.", "model.")
@@ -90,6 +96,7 @@ def _peft(
         "lora_alpha": shape.alpha, "lora_dropout": 0.0, "bias": "none", "use_dora": shape.kind == "dora",
         "use_rslora": False, "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         "modules_to_save": None, "target_modules": _pattern(modules),
+        "target_parameters": [PROJECTOR] if shape.projector else None,
     }  # fmt: skip
     return arrays, settings
 

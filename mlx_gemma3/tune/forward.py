@@ -11,7 +11,7 @@ are never held.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ from ..model.context import Chunk, Sequences
 from ..model.gemma3 import Gemma3
 from ..model.vision import PLAIN, TowerKernels
 from . import host
+from .layers import LearningProjector
 
 SLICE = 1 << 24  # logits that are held at once
 
@@ -60,26 +61,38 @@ class Trainee:
             matrix = host.arrange(model)
             self.tower, self._head = host.TOWER, matrix.forward
             self._head_back = lambda _, slopes: matrix.backward(slopes)
+        # The projector that learns is for `embed`: what is seen does not change, and can be kept.
+        self.projects = isinstance(model.get("multi_modal_projector"), LearningProjector)
+        if self.projects:
+            self.tower = replace(self.tower, project=lambda _, rows: rows)
         self._costs = self._make_costs()
 
     def hidden(self, sequences: Sequence[Sample], features: mx.array | None) -> mx.array:
         """(T, 1, D): normed hidden states of all tokens of all sequences.
 
         Args:
-            features: (N, T, D) the pictures' rows, in the order of the sequences; None without pictures.
+            features: what `see` makes of the pictures, in the order of the sequences; None without pictures.
         """
-        model, decoder = self.model, self.model.language_model
+        decoder = self.model.language_model
         lengths = [len(one.tokens) for one in sequences]
         tokens = np.concatenate([one.tokens for one in sequences])[None]
-        rows, blocks = model.embed(tokens, features, None, _spans(sequences))
+        rows, blocks = self.embed(tokens, features, None, _spans(sequences))
         context = Sequences(lengths, None if blocks is None else blocks[0])
         x = rows.transpose(1, 0, 2)  # (T, 1, D)
         for layer in decoder.layers:
             x = self._again(layer, x, context) if self.checkpointing else layer(x, context)
         return decoder.norm(x)
 
+    def embed(
+        self, tokens: npt.NDArray[np.int32], features: mx.array | None, caches: Caches | None, spans: Sequence[Any]
+    ) -> tuple[mx.array, mx.array | None]:
+        """As Gemma3.embed, of what `see` makes of the pictures."""
+        if features is not None and self.projects:
+            features = self.model.multi_modal_projector.project(features)
+        return self.model.embed(tokens, features, caches, spans)
+
     def see(self, pixels: npt.NDArray[np.float32]) -> mx.array:
-        """(N, S, S, 3) → (N, T, D)"""
+        """(N, S, S, 3) → (N, T, D); where the projector learns its inputs (N, T, hidden of the tower)"""
         return self.model.encode_images(pixels, self.tower)
 
     def costs(self, sequences: Sequence[Sample], features: mx.array | None) -> mx.array:

@@ -13,7 +13,9 @@ from mlx.utils import tree_flatten
 
 from ..config import Config
 from ..errors import OptionError
+from ..model.adapter import PROJECTOR
 from ..model.gemma3 import Gemma3
+from ..model.vision import PLAIN, Projector, TowerKernels
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 MATRICES = (*ATTENTION, *MLP)
@@ -33,6 +35,7 @@ class Shape:
         matrices: last names of the decoder's matrices, of MATRICES.
         layers: how many of the decoder's layers, from the last on; None for all.
         tower: the vision tower's matrices of the same parts too, in all its layers.
+        projector: the matrix between tower and decoder too. LoRA only, as in PEFT.
     """
 
     kind: str = "lora"
@@ -41,6 +44,7 @@ class Shape:
     matrices: tuple[str, ...] = MATRICES
     layers: int | None = None
     tower: bool = False
+    projector: bool = False
 
     @property
     def scale(self) -> float:
@@ -50,13 +54,14 @@ class Shape:
         """The paths of the matrices that learn, in the model's order.
 
         Raises:
-            OptionError: more layers than there are, a tower that is not there.
+            OptionError: more layers than there are, a tower or projector that is not there.
         """
         count = config.text.num_hidden_layers
         if self.layers is not None and not 1 <= self.layers <= count:
             raise OptionError("layers", got=self.layers, want=f"1 to {count}, the layers of this model")
-        if self.tower and config.vision is None:
-            raise OptionError("tower", got="a checkpoint without a vision tower", want="one that sees pictures")
+        if (self.tower or self.projector) and config.vision is None:
+            what = "tower" if self.tower else "projector"
+            raise OptionError(what, got="a checkpoint without a vision tower", want="one that sees pictures")
         found = [
             f"language_model.layers.{layer}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"
             for layer in range(count - (self.layers or count), count)
@@ -69,7 +74,30 @@ class Shape:
                 for layer in range(config.vision.num_hidden_layers)
                 for name in names
             ]
-        return found
+        return [*found, PROJECTOR] if self.projector else found
+
+
+class LearningProjector(nn.Module):
+    """The projector with its matrix as a module, whose place mlx-lm's layer can take."""
+
+    def __init__(self, base: Projector) -> None:
+        super().__init__()
+        self.base = base
+        self.matrix = nn.Linear(1, 1, bias=False)
+        self.matrix.weight = base.mm_input_projection_weight.T
+
+    def __call__(self, x: mx.array, kernels: TowerKernels = PLAIN) -> mx.array:
+        """See Projector."""
+        return kernels.project(self, self.pool(x))
+
+    def pool(self, x: mx.array) -> mx.array:
+        """See Projector."""
+        return self.base.pool(x)
+
+    def project(self, rows: mx.array) -> mx.array:
+        """See Projector."""
+        out: mx.array = self.matrix(rows)
+        return out
 
 
 def insert(model: Gemma3, shape: Shape, seed: int) -> None:
@@ -81,6 +109,12 @@ def insert(model: Gemma3, shape: Shape, seed: int) -> None:
     modules = dict(model.named_modules())
     model.freeze()
     for number, path in enumerate(shape.modules(model.config)):
+        if path == PROJECTOR:
+            learning = LearningProjector(model.multi_modal_projector)
+            learning.freeze()
+            model.multi_modal_projector = modules["multi_modal_projector"] = learning
+            path = "multi_modal_projector.matrix"
+            modules[path] = learning.matrix
         base = modules[path]
         made = kind.from_base(base, r=shape.rank, scale=shape.scale)
         width = base.scales.shape[1] * base.group_size if "scales" in base else base.weight.shape[1]
@@ -94,7 +128,10 @@ def insert(model: Gemma3, shape: Shape, seed: int) -> None:
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:
-    """What learns, by path: "…q_proj.lora_a" (in, r), "….lora_b" (r, out), "….m" (out,), float32."""
+    """What learns, by path: "…q_proj.lora_a" (in, r), "….lora_b" (r, out), "….m" (out,), float32.
+
+    The projector's are "multi_modal_projector.matrix.lora_a" and "….lora_b".
+    """
     return dict(tree_flatten(model.trainable_parameters()))
 
 

@@ -247,8 +247,9 @@ def _prepared(
     """The model with its adapter, its memory looked at first; and the fingerprint of its weights."""
     every = [*train.items, *check.items]
     sees = any(one.pictures for item in every for one in item.samples)
-    if chosen.tower and not sees:
-        raise OptionError("tower", got="data without pictures", want="pictures", do="leave --tower out")
+    for name in ("tower", "projector"):
+        if getattr(chosen, name) and not sees:
+            raise OptionError(name, got="data without pictures", want="pictures", do=f"leave --{name} out")
     text_only = not sees
     modules = chosen.shape.modules(checkpoint.config)
     _check_memory(checkpoint, dtype, train.items, modules, chosen, text_only=text_only, shown=shown)
@@ -257,6 +258,8 @@ def _prepared(
     layers.insert(model, chosen.shape, chosen.seed)
     trainee = Trainee(model, checkpointing=chosen.checkpointing)
     kept = f"{base}-{str(model.language_model.norm.weight.dtype).rpartition('.')[2]}"
+    if chosen.projector:
+        kept += "-pooled"
     encoder = _encoder(checkpoint, chosen)
     pictures = Pictures(
         kept, 0 if chosen.tower else chosen.picture_cache, trainee.see, lambda item: encoder.pixels(item.row)

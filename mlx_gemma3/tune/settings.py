@@ -15,7 +15,7 @@ KINDS, FORMS, LOSSES = ("lora", "dora"), ("peft", "mlx-lm"), ("assistant", "all"
 class Settings:
     """
     Args:
-        rank, alpha, kind, matrices, layers, tower: see layers.Shape; alpha of None is twice the rank.
+        rank, alpha, kind, matrices, layers, tower, projector: see layers.Shape; alpha of None is twice the rank.
         steps: of the optimizer; None for `epochs` times all data.
         batch_size: examples that go through the model together.
         batch_tokens: fill batches up to so many tokens instead (packing); nothing is ever padded.
@@ -40,6 +40,7 @@ class Settings:
     matrices: tuple[str, ...] | str = "all"
     layers: int | None = None
     tower: bool = False
+    projector: bool = False
     steps: int | None = None
     epochs: float = 1.0
     batch_size: int = 4
@@ -84,12 +85,15 @@ class Settings:
         for name, allowed in (("kind", KINDS), ("form", FORMS), ("loss_on", LOSSES)):
             if getattr(self, name) not in allowed:
                 raise OptionError(name, got=repr(getattr(self, name)), want=" or ".join(allowed))
+        if self.projector and (self.kind, self.form) != ("lora", "peft"):
+            got = "kind dora" if self.kind == "dora" else "form mlx-lm"
+            raise OptionError("projector", got=got, want="kind lora and form peft: nobody reads it otherwise")
 
     @property
     def shape(self) -> Shape:
         assert isinstance(self.matrices, tuple), "by __post_init__"
         alpha = 2.0 * self.rank if self.alpha is None else float(self.alpha)
-        return Shape(self.kind, self.rank, alpha, self.matrices, self.layers, self.tower)
+        return Shape(self.kind, self.rank, alpha, self.matrices, self.layers, self.tower, self.projector)
 
     def deciding(self) -> dict[str, Any]:
         """What decides the numbers: a training is gone on with under the same."""

@@ -243,7 +243,7 @@ def greedy(trainee: Trainee, prompt: Sample, features: mx.array | None, most: in
     """The greedy answer, without the token that ends it."""
     model, config = trainee.model, trainee.config
     caches = model.make_caches()
-    rows, blocks = model.embed(prompt.tokens[None], features, caches, prompt.spans)
+    rows, blocks = trainee.embed(prompt.tokens[None], features, caches, prompt.spans)
     found: list[int] = []
     logits = trainee.next_logits(rows, blocks, caches)
     while len(found) < most:

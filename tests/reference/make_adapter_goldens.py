@@ -46,6 +46,14 @@ PLANS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pictures": ("image", "three_interleaved", {"target_modules": r".*language_model.*\.(q_proj|v_proj|down_proj)"}),
     "tower": ("image", "image_middle", {"target_modules": ["q_proj", "v_proj", "out_proj", "fc1", "up_proj"]}),
     "tower-dora": ("image", "image_middle", {"target_modules": ["k_proj", "fc2", "o_proj"], "use_dora": True}),
+    "projector": (
+        "image",
+        "three_interleaved",
+        {
+            "target_modules": r".*language_model.*\.(q_proj|down_proj)",
+            "target_parameters": ["multi_modal_projector.mm_input_projection_weight"],
+        },
+    ),
 }
 
 

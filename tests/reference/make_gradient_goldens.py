@@ -7,7 +7,8 @@
 
 The loss is the mean cross entropy of the next token over one golden case.
 
-    adapters.npz    of PEFT's adapters of all matrices, the tower's too, for each KIND ("lora", "dora"): "KIND loss" ();
+    adapters.npz    of PEFT's adapters of all matrices, the tower's too, of LoRA also the projector's, for each KIND
+                    ("lora", "dora"): "KIND loss" ();
                     "KIND names", of the gradients in the alphabet's order, as mlx-lm calls the parameters;
                     "KIND numbers" (names, ADAPTER_SAMPLES), evenly spread over each; "KIND norms"
 
@@ -73,28 +74,40 @@ def counted(tokens: NDArray[np.int64], image_id: int) -> NDArray[np.int64]:
 
 
 def layout(name: str) -> str:
-    """PEFT's name of a parameter → mlx-lm's, in this project's names of modules."""
+    """PEFT's name of a parameter → mlx-lm's, in this project's names of modules.
+
+    The projector's matrix stands the other way round in the Hub's files, and so does its pair.
+    """
     name = name.removeprefix("base_model.model.model.").replace(".default", "")
     for part, called in ((".lora_A.weight", ".lora_a"), (".lora_B.weight", ".lora_b"),
                          (".lora_magnitude_vector.weight", ".m")):  # fmt: skip
         name = name.replace(part, called)
+    if name.startswith("multi_modal_projector."):
+        name = f"multi_modal_projector.matrix.{'lora_b' if name.endswith('a') else 'lora_a'}"
     return name
+
+
+def is_turned(name: str) -> bool:
+    """Whether PEFT holds a parameter the other way round than mlx-lm."""
+    return not name.endswith(".m") and not name.startswith("multi_modal_projector.")
 
 
 def adapter_gradients(kind: str) -> dict[str, NDArray[np.float32]]:
     """ "loss" and the gradient of each parameter of an adapter, in mlx-lm's names and shapes."""
     base = Gemma3ForConditionalGeneration.from_pretrained(MODEL, attn_implementation="eager", dtype=torch.float32)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=MODULES, use_dora=kind == "dora")
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=MODULES, use_dora=kind == "dora",
+        target_parameters=None if kind == "dora" else ["multi_modal_projector.mm_input_projection_weight"],
+    )  # fmt: skip
     model = get_peft_model(base, config).eval()
     learns = {layout(name): p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, p in learns.items():
-            turned = not name.endswith(".m")
-            values = torch.from_numpy(drawn(name, tuple(p.shape[::-1])))
-            if turned:
-                p.copy_(values.T)
-            else:
+            values = torch.from_numpy(drawn(name, tuple(p.shape[::-1] if is_turned(name) else p.shape)))
+            if name.endswith(".m"):
                 p.mul_(1 + values)
+            else:
+                p.copy_(values.T if is_turned(name) else values)
     costs, count = torch.zeros(()), 0
     for case in BATCH:
         with np.load(MODEL / "cases" / f"{case}.npz") as golden, np.load(MODEL / "pictures.npz") as pictures:
@@ -110,7 +123,7 @@ def adapter_gradients(kind: str) -> dict[str, NDArray[np.float32]]:
         count += len(places)
     loss = costs / count
     loss.backward()
-    found = {name: p.grad.numpy() if name.endswith(".m") else p.grad.numpy().T for name, p in learns.items()}
+    found = {name: p.grad.numpy().T if is_turned(name) else p.grad.numpy() for name, p in learns.items()}
     return {"loss": loss.detach().numpy(), **found}
 
 
