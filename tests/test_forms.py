@@ -136,7 +136,8 @@ def test_eight_answers_of_eight_forms_are_each_what_they_are_alone(chat: g3.Engi
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"schema": {"not": {"type": "string"}}}, "not"),
+        ({"schema": {"not": {"const": "a"}}}, "not"),
+        ({"schema": {"properties": 3}}, "schema.properties: got 3, want an object of schemas"),
         ({"schema": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
         ({"schema": {"type": "object", "minProperties": 2}}, "minProperties"),
         ({"schema": {"multipleOf": 0.01}}, "multipleOf"),

@@ -17,13 +17,14 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from ..errors import OptionError
+from . import keywords
 
 _SPELLING = {
     "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "json_allowed_escapes": 'nrbtf\\"',
     "coerce_one_of": False, "lenient": False,
 }  # fmt: skip
-_INSIDE = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # name → schema
-_PLAIN = ("const", "enum", "default", "examples", "example")  # values, not schemas
+_INSIDE = keywords.MAPS  # name → schema
+_PLAIN = ("const", "enum", "default", "examples", "example", "dependentRequired")  # values, not schemas
 _UNSPELT = re.compile("[\0-\x07\x0b\x0e-\x1f\x7f]")  # what only \\uXXXX spells
 _OF_OBJECTS = frozenset({"properties", "required", "additionalProperties", "patternProperties"})
 _EITHER = ("anyOf", "oneOf")
@@ -62,9 +63,10 @@ def lark(schema: Any, name: str = "schema") -> str:
 
 def rule(schema: Any, name: str = "schema") -> str:
     """The same as a part of a larger grammar. A reference in the schema counts from its own root."""
-    found = read(schema, name)
+    found = keywords.known(read(schema, name), name)
     if not _composed(found):
         found = _closed(found)
+    found = keywords.without_dependent_required(found)
     _check(found, name)
     return "%json " + json.dumps({**found, "x-guidance": _SPELLING})
 
@@ -110,6 +112,8 @@ def _closed(schema: Any) -> Any:
         else:
             made[key] = inner if key in _PLAIN else _closed(inner)
     names, required = made.get("properties"), made.get("required") or []
+    if isinstance(required, list) and isinstance(together := made.get("dependentRequired"), dict):
+        required = [*required, *(name for more in together.values() if isinstance(more, list) for name in more)]
     if isinstance(names, dict) and names and isinstance(required, list) and names.keys() >= set(map(str, required)):
         least = made.get("minProperties", 0)
         if "patternProperties" not in made and isinstance(least, int) and least <= len(names):
@@ -126,7 +130,8 @@ def _check(schema: Any, where: str) -> None:
         got = f"{step}, which computers hold only nearly, so that no two agree on what its multiples are"
         raise OptionError(f"{where}: multipleOf", got=got, want=f"{_WANT}; a whole number, 0.5, 0.25 …")
     _check_count(schema, where)
-    named = [schema.get("const"), schema.get("enum"), schema.get("required"), *schema.get("properties", ())]
+    names = schema.get("properties")
+    named = [schema.get("const"), schema.get("enum"), schema.get("required"), *(names if type(names) is dict else ())]
     if found := _UNSPELT.search(json.dumps(named, ensure_ascii=False, default=str).replace("\\u00", "\0")):
         raise OptionError(where, got=f"the control character {ord(found[0]):#x}", want=f"{_WANT}; texts without it")
     for key, inner in schema.items():

@@ -216,7 +216,7 @@ def test_ollama(server: Server, request: pytest.FixtureRequest) -> None:
         client.chat("llama3", [message])
     assert missing.value.status_code == 404
     with pytest.raises(ollama.ResponseError, match="contains"):
-        client.chat("demo", [message], format={"contains": {}})
+        client.chat("demo", [message], format={"contains": {"type": "string"}})
     with pytest.raises(ollama.ResponseError, match="embedding"):
         client.embed("demo", "a")
 
