@@ -18,7 +18,7 @@ from memory_held import start_measuring
 from mlx.utils import tree_flatten
 from random_model import WINDOW, random_model, random_pictures, tiny_config, tokens_with_pictures
 
-from mlx_gemma3.model import cpu
+from mlx_gemma3.model import cpu, unpacking
 from mlx_gemma3.model.attention import attend, attend_all
 from mlx_gemma3.model.fused import Kernels, gelu_times, gpu_kernels, gpu_tower
 from mlx_gemma3.model.gemma3 import Gemma3
@@ -81,13 +81,13 @@ def test_the_fused_model_is_the_plain_one(kind: str, form: str) -> None:
 
 def test_a_packed_matrix_is_unpacked_with_a_prompt_or_the_second_token(monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[int] = []
-    fill = cpu._fill
+    fill = cpu.unpack_all
 
     def counted(out: Any, *rest: Any) -> Any:
         filled.append(len(out))
         return fill(out, *rest)
 
-    monkeypatch.setattr(cpu, "_fill", counted)
+    monkeypatch.setattr(cpu, "unpack_all", counted)
     module = nn.QuantizedLinear(64, 48, bias=False, group_size=32, bits=4)
     one, many = mx.random.normal((1, 64)), mx.random.normal((5, 64))
     by_one, by_many = cpu.matrix(module, unpack=True), cpu.matrix(module, unpack=True)
@@ -106,8 +106,8 @@ def test_only_a_packed_model_that_is_small_beside_the_memory_is_unpacked(monkeyp
     for memory, unpacked in ((16 * numbers, True), (16 * numbers - 1, False)):
         monkeypatch.setattr("os.sysconf", lambda name, memory=memory: memory if name == "SC_PHYS_PAGES" else 1)
         want = 4 * numbers if unpacked else 0
-        assert cpu.unpacked_bytes(model) == on_device(model).unpacked_bytes == want
-        assert cpu.unpacked_bytes(packed("plain")) == 0
+        assert unpacking.unpacked_bytes(model) == on_device(model).unpacked_bytes == want
+        assert unpacking.unpacked_bytes(packed("plain")) == 0
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles with it on a CPU")
@@ -285,7 +285,8 @@ def test_on_the_cpu_every_kind_of_matrix_is_multiplied_with(
     kind: str, blocks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if blocks == "small":
-        monkeypatch.setattr(cpu, "BLOCK", 200)
+        for module in (cpu, unpacking):
+            monkeypatch.setattr(module, "BLOCK", 200)
         monkeypatch.setattr(cpu, "SMALL", 0)
         monkeypatch.setattr(cpu, "WORTH_SHARING", 1)
         monkeypatch.setattr(cpu, "all_cores", lambda: 3)

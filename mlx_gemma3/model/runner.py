@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import Gemma3Error
-from . import cpu, embedder
+from . import cpu, embedder, unpacking
 from .adapter import Adapter
 from .adapter_terms import AdapterTerms, adapted_tower
 from .cache import Caches
@@ -243,7 +243,7 @@ def on_device(
         runner.unfused_chunk, runner.fused_from = unfused_tokens(), fused_from()
         return runner
     tower = cpu.tower_kernels(model.vision_tower) if "vision_tower" in model else PLAIN
-    unpacked_bytes = cpu.unpacked_bytes(model)
+    unpacked_bytes = unpacking.unpacked_bytes(model)
     runner = kind(model, cpu.kernels(unpack=unpacked_bytes > 0), tower, between)
     runner.unpacked_bytes = unpacked_bytes
     return runner

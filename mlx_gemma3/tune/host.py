@@ -18,16 +18,17 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from ..model import attention, cpu
+from ..model import attention, cpu, unpacking
 from ..model.cache import Rows
 from ..model.context import Context
 from ..model.gemma3 import Gemma3
 from ..model.layers import PatchConv, RMSNorm
 from ..model.text import MLP, Attention
+from ..model.unpacking import floats
 from ..model.vision import TowerKernels
 
 Floats = npt.NDArray[np.float32]
-BLOCK = cpu.BLOCK
+BLOCK = unpacking.BLOCK
 
 
 class Matrix:
@@ -39,7 +40,7 @@ class Matrix:
             unpack: keep a packed one as float32 too, from its first product on.
         """
         mx.eval(module.parameters())
-        self._rows, self.count, self._step = cpu.matrix_rows(module)
+        self._rows, self.count, self._step = unpacking.matrix_rows(module)
         packed = "scales" in module
         self.width = module.scales.shape[1] * module.group_size if packed else module.weight.shape[1]
         if self._step == 0:  # it is float32 already
@@ -135,12 +136,12 @@ class HostDoRA(nn.Module):
         super().__init__()
         self._matrix = Matrix(dora.linear, unpack=unpack)
         self._base, self._scale = dora.linear, dora.scale
-        self._weight = cpu.floats(dora._dequantized_weight())
+        self._weight = floats(dora._dequantized_weight())
         self.lora_a, self.lora_b, self.m = dora.lora_a, dora.lora_b, dora.m
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self._matrix(x) + self._scale * multiply(multiply(x, self.lora_a), self.lora_b)
-        a, b = cpu.floats(mx.stop_gradient(self.lora_a)), cpu.floats(mx.stop_gradient(self.lora_b))
+        a, b = floats(mx.stop_gradient(self.lora_a)), floats(mx.stop_gradient(self.lora_b))
         lengths = np.linalg.norm(self._weight + self._scale * (a @ b).T, axis=1)
         y = y * (self.m / mx.array(lengths))
         return y + self._base.bias if "bias" in self._base else y
@@ -149,7 +150,7 @@ class HostDoRA(nn.Module):
 @mx.custom_function
 def multiply(x: mx.array, w: mx.array) -> mx.array:
     """x (…, in) @ w (in, out), both with derivatives."""
-    left, right = _flat(x), cpu.floats(w)
+    left, right = _flat(x), floats(w)
     done = cpu.written((len(left), w.shape[1]), lambda out: np.matmul(left, right, out=out))
     return done.reshape(*x.shape[:-1], w.shape[1])
 
@@ -157,7 +158,7 @@ def multiply(x: mx.array, w: mx.array) -> mx.array:
 @multiply.vjp
 def _multiply_back(primals: tuple[mx.array, mx.array], slope: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     x, w = primals
-    left, right, slopes = _flat(x), cpu.floats(w), _flat(slope)
+    left, right, slopes = _flat(x), floats(w), _flat(slope)
     dx = cpu.written(left.shape, lambda out: np.matmul(slopes, right.T, out=out)).reshape(x.shape)
     return dx, cpu.written(right.shape, lambda out: np.matmul(left.T, slopes, out=out))
 
@@ -174,7 +175,7 @@ def _geglu_back(primals: tuple[mx.array, mx.array], slope: mx.array, _: mx.array
     x, times, slopes = _flat(gate), _flat(up), _flat(slope)
     step = max(1, BLOCK // x.shape[1])
     made = [cpu.written(x.shape, lambda out: None) for _ in range(2)]
-    dgate, dup = (cpu.floats(one) for one in made) if x.size > cpu.SMALL else (np.empty_like(x) for _ in range(2))
+    dgate, dup = (floats(one) for one in made) if x.size > cpu.SMALL else (np.empty_like(x) for _ in range(2))
     for start in range(0, len(x), step):
         some = slice(start, start + step)
         value, grown = _gelu_and_slope(x[some])
@@ -217,7 +218,7 @@ def _gelu_and_slope(x: Floats) -> tuple[Floats, Floats]:
 
 def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
     """mx.fast.rms_norm; the gain is frozen."""
-    g = cpu.floats(gain)
+    g = floats(gain)
 
     @mx.custom_function
     def normed(x: mx.array) -> mx.array:
@@ -225,7 +226,7 @@ def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
 
     @normed.vjp
     def back(x: mx.array, slope: mx.array, _: mx.array) -> mx.array:
-        rows, slopes = cpu.floats(x), cpu.floats(slope)
+        rows, slopes = floats(x), floats(slope)
         size = np.float32(rows.shape[-1])
 
         def write(out: Floats) -> None:
@@ -287,8 +288,8 @@ def attend(
     def back(
         primals: tuple[mx.array, mx.array, mx.array], slope: mx.array, _: mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
-        queries, ks, vs = (cpu.floats(x) for x in primals)
-        slopes = cpu.floats(slope)
+        queries, ks, vs = (floats(x) for x in primals)
+        slopes = floats(slope)
         dq, dk, dv = np.empty_like(queries), np.empty_like(ks), np.empty_like(vs)
         for row, group in product(range(batch), range(groups)):
             some = slice(group * together, (group + 1) * together)
@@ -356,7 +357,7 @@ def arrange(model: Gemma3) -> Matrix:
     from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear
 
-    unpack = cpu.unpacked_bytes(model) > 0
+    unpack = unpacking.unpacked_bytes(model) > 0
     head = model.language_model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
 
     def replaced(module: nn.Module) -> nn.Module | None:
@@ -401,4 +402,4 @@ def _array(x: Any) -> mx.array:
 
 def _flat(x: mx.array) -> Floats:
     """(…, K) → (R, K), x's own memory."""
-    return cpu.floats(x).reshape(-1, x.shape[-1])
+    return floats(x).reshape(-1, x.shape[-1])
