@@ -132,6 +132,12 @@ def test_what_depends_on_the_value_is_refused_by_name(words: Tokenizer, made: An
         Grammar(words, schema.lark(made), "schema")
 
 
+def test_schemas_that_are_referred_to_twice_again_and_again_are_looked_at_once(words: Tokenizer) -> None:
+    inner = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(60)}
+    made = {"$ref": "#/$defs/a0", "unevaluatedProperties": False, "$defs": {**inner, "a60": FOO}}
+    assert '"additionalProperties": false' in schema.lark(made)
+
+
 def test_an_object_whose_names_depend_on_each_other_is_closed(words: Tokenizer) -> None:
     """It has the properties that are named, as without the keyword; not where it asks for one that is not."""
     both = {"type": "object", "properties": {"foo": True, "bar": True}, "dependentRequired": {"bar": ["foo"]}}

@@ -212,7 +212,7 @@ class _Seen:
 def _say_unevaluated(made: dict[str, Any], root: Schema) -> None:
     if "unevaluatedProperties" not in made and "unevaluatedItems" not in made:
         return
-    seen = _seen({key: x for key, x in made.items() if not key.startswith("unevaluated")}, root, ())
+    seen = _seen({key: x for key, x in made.items() if not key.startswith("unevaluated")}, root, set())
     if seen is None:
         return
     if "unevaluatedProperties" in made:
@@ -231,16 +231,17 @@ def _say_unevaluated(made: dict[str, Any], root: Schema) -> None:
             made["items"] = rest
 
 
-def _seen(schema: Schema, root: Schema, passed: tuple[int, ...]) -> _Seen | None:
+def _seen(schema: Schema, root: Schema, counted: set[int]) -> _Seen | None:
     """None where it depends on the value.
 
     Args:
-        passed: schemas that refer to this one, by id.
+        counted: schemas by id, which count once, however often they are referred to.
     """
-    if not isinstance(schema, Mapping) or id(schema) in passed:
+    if not isinstance(schema, Mapping) or id(schema) in counted:
         return _Seen()
-    if any(key in schema for key in _BRANCHES) or ("contains" in schema and passed):
+    if any(key in schema for key in _BRANCHES) or ("contains" in schema and counted):
         return None
+    counted.add(id(schema))
     parts = list(schema.get("allOf", []))
     seen = _Seen(
         set(schema.get("properties", ())), set(schema.get("patternProperties", ())),
@@ -253,7 +254,7 @@ def _seen(schema: Schema, root: Schema, passed: tuple[int, ...]) -> _Seen | None
             return None
         parts.append(target)
     for part in parts:
-        other = _seen(part, root, (*passed, id(schema)))
+        other = _seen(part, root, counted)
         if other is None:
             return None
         seen.names |= other.names
