@@ -192,7 +192,7 @@ def test_answers_go_on_while_a_file_is_written_and_the_end_waits_for_a_while(
     assert time.monotonic() - began < 5 and files(kept) == []
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_timelines_go_out_and_come_back_while_eight_are_answered(chat_folder: Path, kept: Path, seed: int) -> None:
     heads = [f"{letter} {LONG}" for letter in "abcdef"]
     rng = random.Random(seed)

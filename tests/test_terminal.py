@@ -109,7 +109,7 @@ def test_no_command_lets_a_name_drive_the_terminal(hostile: Path, tmp_path: Path
             assert b"OWNED" in seen.bytes or status == 2 or words[0] == "bench"
 
 
-@pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
+@pytest.mark.parametrize("kind", ["xterm-256color", slow("dumb")])
 def test_a_chat_lets_nothing_drive_the_terminal(hostile: Path, tmp_path: Path, kind: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / f"{NAME}.png")
     with Seen("chat", "-m", hostile, *GREEDY, folder=tmp_path, columns=200, environment={"TERM": kind}) as seen:
@@ -485,7 +485,7 @@ def test_history_and_exports_are_private_and_follow_no_link(chat_folder: Path, t
 # Tiny terminals
 
 
-@pytest.mark.parametrize("columns", [slow(1), 20])
+@pytest.mark.parametrize("columns", [slow(1), slow(20)])
 def test_tiny_terminals(chat_folder: Path, tmp_path: Path, columns: int) -> None:
     flags = ("--prompt-tokens", "8", "--context", "8", "--tokens", "2", "--repeat", "1")
     for words in (("inspect", chat_folder), ("fit",), ("fit", "4b"), ("bench", "-m", chat_folder, *flags), ("--help",)):
