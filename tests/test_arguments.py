@@ -56,6 +56,19 @@ def calls(engine: g3.Engine, folder: Path, tmp_path: Path) -> dict[str, Callable
         "stream(content)": lambda odd: engine.stream([{"role": "user", "content": odd}], max_tokens=1).reply,
         "stream(item)": lambda odd: engine.stream([{"role": "user", "content": [odd]}], max_tokens=1).reply,
         "stream(role)": lambda odd: engine.stream([{"role": odd, "content": "hi"}], max_tokens=1).reply,
+        "stream(tool_calls)": lambda odd: (
+            engine.stream([{"role": "assistant", "content": "hi", "tool_calls": odd}], max_tokens=1).reply
+        ),
+        "stream(tool arguments)": lambda odd: (
+            engine.stream(
+                [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": odd}}]}],
+                max_tokens=1,
+            ).reply
+        ),
+        "stream(tool_call_id)": lambda odd: (
+            engine.stream([{"role": "tool", "content": "found", "tool_call_id": odd}], max_tokens=1).reply
+        ),
+        "stream(tool result)": lambda odd: engine.stream([{"role": "tool", "content": {"x": odd}}], max_tokens=1).reply,
         "stream(source)": lambda odd: (
             engine.stream([{"role": "user", "content": [{"type": "image", "image": odd}]}], max_tokens=1).reply
         ),

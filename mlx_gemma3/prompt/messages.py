@@ -127,6 +127,12 @@ def arguments_of(value: Any) -> Any:
     return found if isinstance(found, dict) else value
 
 
+def role_of(message: Any) -> str:
+    """Of a message in whatever shape; "" where it has no role that is a text."""
+    role = message.get("role") if isinstance(message, Mapping) else None
+    return role if isinstance(role, str) else ""
+
+
 def check_roles(messages: Iterable[Any]) -> None:
     """Refuse what no turn of Gemma 3's is for. The reference writes any name into the turn that is not the user's.
 

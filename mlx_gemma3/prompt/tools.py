@@ -16,8 +16,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..boundary.arguments import elements
+from ..boundary.arguments import described, elements
 from ..errors import PromptError
+from .messages import role_of
 
 _SAID = (
     "You have access to functions. If you decide to invoke any of the function(s),\n"
@@ -38,7 +39,7 @@ def with_tools(messages: Sequence[Any], declarations: Sequence[Mapping[str, Any]
     """Messages of which the first of the user's begins with the declarations. Nothing else changes."""
     said, made, done = declared(declarations), [], False
     for message in messages:
-        if not done and isinstance(message, Mapping) and message.get("role") == "user":
+        if not done and role_of(message) == "user":
             message, done = {**message, "content": _before(said, message.get("content"))}, True
         made.append(message)
     return made
@@ -59,7 +60,7 @@ def plain(messages: Any) -> Any:
     order: list[Any] = []  # ids of the calls that were made last
     results: list[Mapping[str, Any]] = []
     for number, message in enumerate(given, start=1):
-        if isinstance(message, Mapping) and message.get("role") in RESULTS:
+        if role_of(message) in RESULTS:
             if message.get("content") is None:
                 raise PromptError(f"message {number}: content", got="none", want="what the tool found")
             results.append(message)
@@ -67,7 +68,7 @@ def plain(messages: Any) -> Any:
         if results:
             made.append(_found(results, order))
             results = []
-        if isinstance(message, Mapping) and message.get("tool_calls"):
+        if isinstance(message, Mapping) and _calls(message):
             calls = elements(message["tool_calls"]) or []
             order = [one.get("id") if isinstance(one, Mapping) else None for one in calls]
             message = _called(message, calls, f"message {number}")
@@ -87,7 +88,13 @@ def written(calls: Sequence[tuple[str, Any]]) -> str:
 
 
 def _concerned(message: Mapping[str, Any]) -> bool:
-    return bool(message.get("role") in RESULTS or message.get("tool_calls"))
+    return role_of(message) in RESULTS or _calls(message)
+
+
+def _calls(message: Mapping[str, Any]) -> bool:
+    """Whether something stands where its calls would."""
+    calls = message.get("tool_calls")
+    return calls is not None and not (isinstance(calls, Sequence) and not calls)
 
 
 def _called(message: Mapping[str, Any], calls: list[Any], where: str) -> dict[str, Any]:
@@ -104,7 +111,10 @@ def _called(message: Mapping[str, Any], calls: list[Any], where: str) -> dict[st
         if not isinstance(name, str) or not isinstance(given, Mapping):
             raise PromptError(f"{where}: tool call {number}", got=call, want='{"name", "arguments"}')
         found.append((name, given))
-    text = written(found)
+    try:
+        text = written(found)
+    except (TypeError, ValueError) as error:
+        raise PromptError(f"{where}: tool calls", got=error, want="arguments that JSON has") from None
     content = message.get("content")
     rest = {key: value for key, value in message.items() if key not in ("tool_calls", "content")}
     if isinstance(content, str) or not content:
@@ -114,8 +124,8 @@ def _called(message: Mapping[str, Any], calls: list[Any], where: str) -> dict[st
 
 def _found(results: list[Mapping[str, Any]], order: list[Any]) -> dict[str, Any]:
     """One turn of the user's with all results; pictures in one stay pictures."""
-    place = {name: number for number, name in enumerate(order) if name is not None}
-    results = sorted(results, key=lambda one: place.get(one.get("tool_call_id"), len(place)))
+    place = {described(name): number for number, name in enumerate(order) if name is not None}
+    results = sorted(results, key=lambda one: place.get(described(one.get("tool_call_id")), len(place)))
     contents = [one["content"] for one in results]
     if all(isinstance(content, str) for content in contents):
         return {"role": "user", "content": results_text(contents)}
@@ -123,7 +133,10 @@ def _found(results: list[Mapping[str, Any]], order: list[Any]) -> dict[str, Any]
     for content in contents:
         inner = [{"type": "text", "text": content}] if isinstance(content, str) else elements(content) or []
         if isinstance(content, Mapping):
-            inner = [{"type": "text", "text": json.dumps(content, ensure_ascii=False)}]
+            try:
+                inner = [{"type": "text", "text": json.dumps(content, ensure_ascii=False)}]
+            except (TypeError, ValueError) as error:
+                raise PromptError("what a tool found", got=error, want="a text, or values that JSON has") from None
         items += [_fence("```tool_output\n"), *inner, _fence("\n```\n")]
     return {"role": "user", "content": _joined(items)}
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import PromptError
 from ..prompt import tools
-from ..prompt.messages import items
+from ..prompt.messages import items, role_of
 from .events import ToolCall
 from .timeline import Timeline, Tokens
 
@@ -61,11 +61,7 @@ class Conversation:
         Raises:
             PromptError: whole messages.
         """
-        if (
-            not isinstance(said, str)
-            and said
-            and all(isinstance(one, dict) and one.get("role") == "tool" for one in said)
-        ):
+        if not isinstance(said, str) and said and all(role_of(one) == "tool" for one in said):
             said = tools.plain(said)[0]["content"]
         if not isinstance(said, str) and any(isinstance(item, dict) and "role" in item for item in said):
             raise PromptError("turn", got="messages", want="words or content items", do="it knows the turns before")
@@ -183,6 +179,6 @@ def _pictures(turn: Sequence[dict[str, Any]]) -> int:
 
 def _results(said: Any) -> Any:
     """Messages of what tools found as the content of one turn; anything else as it is."""
-    if isinstance(said, list) and said and all(isinstance(one, dict) and one.get("role") == "tool" for one in said):
+    if isinstance(said, list) and said and all(role_of(one) == "tool" for one in said):
         return tools.plain(said)[0]["content"]
     return said

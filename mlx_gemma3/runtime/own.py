@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import OptionError, PromptError
 from ..prompt import tools
 from ..prompt.chat_template import ChatTemplate
-from ..prompt.messages import items, kept
+from ..prompt.messages import items, kept, role_of
 from .loaded import Loaded
 from .options import Options
 from .stream import Messages, Picture
@@ -36,7 +36,7 @@ def own_messages(loaded: Loaded, prompt: Messages, options: Options) -> list[Any
     template, messages = loaded.template, kept(list(prompt))
     assert template is not None
     declared = options.declarations()
-    leads = bool(messages) and isinstance(messages[0], Mapping) and messages[0].get("role") in ("system", "developer")
+    leads = bool(messages) and role_of(messages[0]) in ("system", "developer")
     if options.system is not None:
         if leads:
             raise OptionError("system", got="a text beside a system message", want="one of them")
@@ -86,7 +86,7 @@ def own_turn(loaded: Loaded, said: Any, images: Sequence[Picture | None], option
 
 def _turn(loaded: Loaded, said: Any, images: Sequence[Picture | None]) -> list[dict[str, Any]]:
     if not isinstance(said, str):
-        if said and all(isinstance(one, dict) and one.get("role") in tools.RESULTS for one in said):
+        if said and all(role_of(one) in tools.RESULTS for one in said):
             return list(said)
         if any(isinstance(item, dict) and "role" in item for item in said):
             raise PromptError("turn", got="messages", want="words or content items", do="it knows the turns before")
@@ -114,7 +114,7 @@ def _is_open(item: Any) -> bool:
 
 def _translated(template: ChatTemplate, message: Any, options: Options) -> Any:
     """A turn of the user's with the one item that TranslateGemma reads, its languages in it."""
-    if not isinstance(message, Mapping) or message.get("role") != "user":
+    if role_of(message) != "user":
         return message
     content = message.get("content")
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -94,7 +94,7 @@ def said(loaded: Loaded, prompt: str | Messages, images: list[Picture], options:
         written.check_roles(messages)
     _refuse_own(options)
     if options.system is not None:
-        if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        if messages and written.role_of(messages[0]) == "system":
             raise OptionError("system", got="a text beside a system message", want="one of them")
         messages = [{"role": "system", "content": options.system}, *messages]
     return tools.with_tools(messages, declared) if declared else messages
