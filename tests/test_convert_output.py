@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import tiny_tokenizer
+from slowed import slowed
 
 import mlx_gemma3 as g3
 from mlx_gemma3.convert import converter, output
@@ -21,17 +22,7 @@ from mlx_gemma3.errors import OutputError
 
 COMMAND = [sys.executable, "-W", "error", "-m", "mlx_gemma3.cli", "convert"]
 # Writes so slowly that a signal comes in the middle, however busy the machine.
-SLOW = """
-import time
-from mlx_gemma3.convert.writer import Shard
-write = Shard.write
-def slow(*given):
-    time.sleep(0.05)
-    return write(*given)
-Shard.write = slow
-from mlx_gemma3.cli import main
-main()
-"""
+SLOW = slowed("mlx_gemma3.convert.writer", "Shard.write", 0.05)
 
 
 def names(folder: Path) -> list[str]:

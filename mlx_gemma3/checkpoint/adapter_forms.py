@@ -81,13 +81,9 @@ class PEFTForm:
                 do=_MERGE,
             )
         self.projector = _means_projector(config.get("target_parameters"))
+        harmless = _HARMLESS | {"target_parameters"} if self.projector else _HARMLESS
         for name, value in config.items():
-            known = (
-                name in _HARMLESS
-                or (name == "target_parameters" and self.projector)
-                or name.startswith("_")
-                or name.endswith("_version")
-            )
+            known = name in harmless or name.startswith("_") or name.endswith("_version")
             if not known and value and not (name == "bias" and value == "none"):
                 raise ConfigError(
                     f"{where}: {name}", got=_short(value), want="none: it is not computed here", do=_MERGE

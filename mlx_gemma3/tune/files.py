@@ -24,7 +24,7 @@ from ..boundary.writing import refusal, replacing, write_whole
 from ..config import Config
 from ..errors import DataError
 from ..model.adapter import PROJECTOR
-from .layers import Shape, layer_of
+from .layers import LEARNT_PROJECTOR, Shape, layer_of
 
 COLUMNS = ("step", "loss", "validation", "learning_rate", "tokens", "seconds")
 CONFIG, PEFT, MLX = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
@@ -80,7 +80,7 @@ def _peft(
     arrays, modules = {}, list[str]()
     for path, values in learnt.items():
         module, _, part = path.rpartition(".")
-        if module == "multi_modal_projector.matrix":  # stands the other way round in the Hub's files
+        if module == LEARNT_PROJECTOR:  # stands the other way round in the Hub's files
             arrays[f"base_model.model.model.multi_modal_projector.lora_{'B' if part == 'lora_a' else 'A'}.weight"] = (
                 values
             )

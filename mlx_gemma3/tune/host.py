@@ -16,19 +16,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
-from ..model import attention, cpu, unpacking
+from ..model import attention, cpu
 from ..model.cache import Rows
 from ..model.context import Context
 from ..model.gemma3 import Gemma3
 from ..model.layers import PatchConv, RMSNorm
 from ..model.text import MLP, Attention
-from ..model.unpacking import floats
+from ..model.unpacking import BLOCK, Floats, floats, matrix_rows, unpacked_bytes
 from ..model.vision import TowerKernels
-
-Floats = npt.NDArray[np.float32]
-BLOCK = unpacking.BLOCK
 
 
 class Matrix:
@@ -40,7 +36,7 @@ class Matrix:
             unpack: keep a packed one as float32 too, from its first product on.
         """
         mx.eval(module.parameters())
-        self._rows, self.count, self._step = unpacking.matrix_rows(module)
+        self._rows, self.count, self._step = matrix_rows(module)
         packed = "scales" in module
         self.width = module.scales.shape[1] * module.group_size if packed else module.weight.shape[1]
         if self._step == 0:  # it is float32 already
@@ -357,7 +353,7 @@ def arrange(model: Gemma3) -> Matrix:
     from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear
 
-    unpack = unpacking.unpacked_bytes(model) > 0
+    unpack = unpacked_bytes(model) > 0
     head = model.language_model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
 
     def replaced(module: nn.Module) -> nn.Module | None:

@@ -19,6 +19,7 @@ from ..model.vision import PLAIN, Projector, TowerKernels
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 MATRICES = (*ATTENTION, *MLP)
+LEARNT_PROJECTOR = "multi_modal_projector.matrix"  # the path of PROJECTOR in LearningProjector
 _TOWER = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "out_proj", "up_proj": "fc1",
           "down_proj": "fc2"}  # fmt: skip
 _PLACE = re.compile(r"(language_model|vision_tower\.encoder)\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
@@ -113,7 +114,7 @@ def insert(model: Gemma3, shape: Shape, seed: int) -> None:
             learning = LearningProjector(model.multi_modal_projector)
             learning.freeze()
             model.multi_modal_projector = modules["multi_modal_projector"] = learning
-            path = "multi_modal_projector.matrix"
+            path = LEARNT_PROJECTOR
             modules[path] = learning.matrix
         base = modules[path]
         made = kind.from_base(base, r=shape.rank, scale=shape.scale)
@@ -130,7 +131,7 @@ def insert(model: Gemma3, shape: Shape, seed: int) -> None:
 def parameters(model: nn.Module) -> dict[str, mx.array]:
     """What learns, by path: "…q_proj.lora_a" (in, r), "….lora_b" (r, out), "….m" (out,), float32.
 
-    The projector's are "multi_modal_projector.matrix.lora_a" and "….lora_b".
+    The projector's are those of LEARNT_PROJECTOR.
     """
     return dict(tree_flatten(model.trainable_parameters()))
 

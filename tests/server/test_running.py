@@ -15,21 +15,12 @@ from typing import Any
 
 import pytest
 from serving import Server, events, serving
+from slowed import slowed
 
 CHAT = "/v1/chat/completions"
 LONG = {"prompt": "one two three", "max_tokens": 4000, "temperature": 1, "logit_bias": {"1": -100, "5": -100}}
 # As the demo, and slow enough that tests can do something meanwhile.
-SLOW = """
-import time
-from mlx_gemma3.model.runner import Runner
-step = Runner.step
-def slow(*given):
-    time.sleep(0.02)
-    return step(*given)
-Runner.step = slow
-from mlx_gemma3.cli import main
-main()
-"""
+SLOW = slowed("mlx_gemma3.model.runner", "Runner.step", 0.02)
 
 
 def begin(server: Server, path: str, body: dict[str, Any]) -> http.client.HTTPConnection:
